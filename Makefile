@@ -1,0 +1,45 @@
+# A fresh clone needs Python 3.10 or newer and make:
+#   make demo    train on the embedded language, about five minutes on two cores
+#   make test    every test
+# Both create .venv with the versions of constraints.txt the first time, and again only after
+# pyproject.toml or constraints.txt changed. Another interpreter: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format install clean benchmark
+
+demo: $(INSTALLED)
+	$(BIN)/tx-lightning fit --config experiments/quickstart/translation.yaml
+
+# Two worker processes with one thread each: threads of torch in small tests only get in each
+# other's way.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "tx_lightning needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV), a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Keeps runs/, which holds results.
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis benchmarks/.work
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,147 @@
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
+
+WORDS = [
+    "the",
+    "a",
+    "dog",
+    "Dog",
+    "cat,",
+    "sees",
+    "sleeps.",
+    "café",
+    "3.14",
+    "!",
+    "(well)",
+    "don't",
+]
+
+
+def corpus(n: int, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Return references and noisy copies of them, some empty, of very different lengths."""
+    rng = random.Random(seed)
+    references = [" ".join(rng.choices(WORDS, k=rng.randint(0, 15))) for _ in range(n)]
+    hypotheses = [
+        " ".join(rng.choice(WORDS) if rng.random() < 0.3 else word for word in line.split())
+        for line in references
+    ]
+    hypotheses[::7] = ["" for _ in hypotheses[::7]]
+    return hypotheses, references
+
+
+def in_batches(metric: CorpusBLEU | CorpusChrF, size: int) -> float:
+    hypotheses, references = corpus(60)
+    for start in range(0, 60, size):
+        metric.update(hypotheses[start : start + size], references[start : start + size])
+    return metric.compute().item()
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("lowercase", [False, True])
+@pytest.mark.parametrize("tokenize", ["13a", "intl", "char", "none"])
+def test_bleu_is_sacrebleu_bit_for_bit(tokenize: str, lowercase: bool, size: int) -> None:
+    hypotheses, references = corpus(60)
+    oracle = sacrebleu.BLEU(tokenize=tokenize, lowercase=lowercase)
+    metric = CorpusBLEU(tokenize=tokenize, lowercase=lowercase)
+    assert in_batches(metric, size) == oracle.corpus_score(hypotheses, [references]).score
+    assert metric.signature == str(oracle.get_signature())
+
+
+@pytest.mark.parametrize("size", [1, 7, 60])
+@pytest.mark.parametrize("lowercase", [False, True])
+@pytest.mark.parametrize("word_order", [0, 2])
+def test_chrf_is_sacrebleu_bit_for_bit(word_order: int, lowercase: bool, size: int) -> None:
+    hypotheses, references = corpus(60)
+    oracle = sacrebleu.CHRF(word_order=word_order, lowercase=lowercase)
+    metric = CorpusChrF(word_order=word_order, lowercase=lowercase)
+    assert in_batches(metric, size) == oracle.corpus_score(hypotheses, [references]).score
+    assert metric.signature == str(oracle.get_signature())
+
+
+def test_bleu_is_smoothed_where_an_order_has_no_match() -> None:
+    hypotheses, references = ["the dog sleeps now"], ["the dog bites a cat"]
+    metric = CorpusBLEU()
+    metric.update(hypotheses, references)
+    expected = sacrebleu.corpus_bleu(hypotheses, [references]).score
+    assert metric.compute().item() == expected > 0
+
+
+def test_empty_updates_and_an_empty_corpus() -> None:
+    for metric in (CorpusBLEU(), CorpusChrF()):
+        metric.update([], [])
+        assert metric.compute().item() == 0.0
+        assert "version" in metric.signature
+
+
+def test_reset_and_pickle_keep_the_statistics_apart() -> None:
+    metric = CorpusBLEU()
+    first = in_batches(metric, 10)
+    copy = pickle.loads(pickle.dumps(metric))
+    metric.reset()
+    metric.update(["a b c d e"], ["a b c d e"])
+    assert metric.compute().item() == pytest.approx(100.0)
+    assert copy.compute().item() == first
+
+
+def test_unequal_numbers_of_segments_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 hypotheses were given for 1 references"):
+        CorpusBLEU().update(["a", "b"], ["a"])
+
+
+def test_an_unknown_tokenization_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"tokenize='13b' .* did you mean '13a'"):
+        CorpusBLEU(tokenize="13b")
+
+
+def test_token_mean_weighs_tokens_not_batches() -> None:
+    metric = TokenMean()
+    metric.update(torch.tensor(6.0, requires_grad=True), 2)
+    metric.update(torch.tensor(1.0), torch.tensor(8))
+    metric.update(3.0, 0)
+    assert metric.compute().item() == 1.0
+    assert metric.compute().dtype == torch.float64
+
+
+def test_token_mean_does_not_lose_small_terms() -> None:
+    metric = TokenMean()
+    metric.update(1e8, 1)
+    for _ in range(100):
+        metric.update(torch.tensor(0.25), 0)  # each would vanish in a float32 sum
+    assert metric.compute().item() == 1e8 + 25.0
+
+
+def _evaluate_shard(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    hypotheses, references = corpus(60)
+    shard = slice(0, 41) if rank == 0 else slice(41, 60)
+    bleu, chrf, mean = CorpusBLEU(), CorpusChrF(), TokenMean()
+    bleu.update(hypotheses[shard], references[shard])
+    chrf.update(hypotheses[shard], references[shard])
+    for i in range(60)[shard]:
+        mean.update(float(i), i)
+    scores = [metric.compute().item() for metric in (bleu, chrf, mean)]
+    torch.save(scores, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_uneven_shards_give_the_same_digits(tmp_path: Path) -> None:
+    mp.start_processes(_evaluate_shard, (str(tmp_path),), nprocs=2, start_method="spawn")
+    hypotheses, references = corpus(60)
+    expected = [
+        sacrebleu.corpus_bleu(hypotheses, [references]).score,
+        sacrebleu.corpus_chrf(hypotheses, [references]).score,
+        1.0,
+    ]
+    assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [expected, expected]

@@ -1,0 +1,97 @@
+"""Ctrl-C and SIGTERM end training at a step boundary, with a checkpoint and the command to go on."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tx_lightning.runs import CHECKPOINTS, shown
+
+ASK_EVERY = 8  # steps between two agreements of several processes, which cost a collective each
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal, and did at a step boundary."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class GracefulStop(Callback):
+    """Saves `checkpoints/interrupted.ckpt` and ends training when a signal asks for it.
+
+    The handlers only take a note; the processes agree at a step boundary, or when a validation
+    ends. A second Ctrl-C does not wait for that.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = folder / CHECKPOINTS / "interrupted.ckpt"
+        self._asked: int = 0
+        self._step = -1
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen()
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # inside an accumulation window: its gradients would be lost
+        self._step = trainer.global_step
+        if trainer.world_size == 1 or self._step % ASK_EVERY == 0:
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.checkpoint.unlink(missing_ok=True)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if not trainer.is_global_zero or not any((self.folder / CHECKPOINTS).glob("*.ckpt")):
+            return
+        go_on = f"to go on: tx-lightning fit --resume {shown(self.folder)}"
+        print(f"\nstopped at step {trainer.global_step}; {go_on}", file=sys.stderr, flush=True)
+
+    def _listen(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = signum
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        asked = bool(self._asked)
+        if trainer.world_size > 1:
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if not asked:
+            return
+        if not trainer.sanity_checking:
+            trainer.save_checkpoint(self.checkpoint)
+        raise Interrupted(self._asked or signal.SIGTERM)

@@ -1,0 +1,74 @@
+"""What a run is: its configuration, size, data and scores, told to the loggers and checkpoints."""
+
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tx_lightning.metrics import CorpusBLEU, CorpusChrF
+
+
+@runtime_checkable
+class HasStatistics(Protocol):
+    """A datamodule that counted its data: pairs, tokens, what the filters dropped."""
+
+    statistics: dict[str, int | float | str]
+
+
+class RunRecord(Callback):
+    """Tells the loggers what is being run, and every checkpoint how good it is.
+
+    Loggers receive the resolved configuration, `n_parameters`, `data_statistics` and the
+    signatures of BLEU and chrF. A checkpoint written at the step of a validation receives
+    `checkpoint["metrics"]`, by which `tx-lightning average --best` ranks.
+
+    Args:
+        config: The resolved configuration, nested, of plain values.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self._metrics: dict[str, float] = {}
+        self._step = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._tell(trainer, pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        values = trainer.callback_metrics.items()
+        self._metrics = {name: float(value) for name, value in values if name.startswith("val/")}
+        self._step = trainer.global_step
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._step == trainer.global_step:
+            checkpoint["metrics"] = self._metrics
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        record = dict(self.config)
+        record["n_parameters"] = sum(p.numel() for p in pl_module.parameters())
+        # Lightning types the datamodule of a trainer as a property that may be absent.
+        datamodule: object = trainer.datamodule
+        if isinstance(datamodule, HasStatistics):
+            record["data_statistics"] = datamodule.statistics
+        for metric in pl_module.modules():
+            if isinstance(metric, CorpusBLEU):
+                record["bleu_signature"] = metric.signature
+            elif isinstance(metric, CorpusChrF):
+                record["chrf_signature"] = metric.signature
+        for logger in trainer.loggers:
+            logger.log_hyperparams(record)

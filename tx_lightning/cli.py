@@ -1,0 +1,388 @@
+"""The command line: Lightning's verbs over any task and data that a YAML file names.
+
+`tx-lightning fit --config base.yaml --config overlay.yaml` merges the files in order. Any class is
+reachable by its `class_path`; there is no list of names to edit. Two values follow from others and
+cannot be set apart from them: the model's `vocab_size` from the data's, the data's `seed` from
+`seed_everything`.
+"""
+
+import importlib
+import json
+import logging
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import tx_lightning
+from tx_lightning import __version__
+from tx_lightning.callbacks.graceful_stop import GracefulStop, Interrupted
+from tx_lightning.callbacks.predictions import PredictionWriter
+from tx_lightning.callbacks.run_record import RunRecord
+from tx_lightning.checkpoints import (
+    RECORD,
+    AtomicCheckpointIO,
+    Rebuildable,
+    newest_checkpoint,
+    read_checkpoint,
+)
+from tx_lightning.configuration import differences, given, without_option
+from tx_lightning.diagnosis import explain
+from tx_lightning.errors import ConfigurationError, one_line
+from tx_lightning.loggers import MetricsFile, WandB
+from tx_lightning.runs import CHECKPOINTS, CONFIG, is_first_process, run_folder, shown
+
+LINKS = {
+    "data.init_args.vocab_size": "model.init_args.vocab_size",
+    "seed_everything": "data.init_args.seed",
+}
+ModelFrom = Literal["agree", "checkpoint", "config"]
+
+
+class Refused(Exception):
+    """The parser does not accept the words."""
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in a few lines, with the nearest valid name, instead of the usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise Refused(message)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI with run folders, resuming, and checkpoints that bring their model section.
+
+    Args:
+        words: The words of the command, the verb first.
+        run: Whether to carry it out, or only to parse and build (then without a verb).
+    """
+
+    def __init__(self, words: Sequence[str], *, run: bool = True) -> None:
+        self.verb = words[0] if run else None
+        self.folder: Path | None = None
+        self.resumed: Path | None = None
+        self.checkpoint: Path | None = None
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            trainer_defaults={
+                "logger": {"class_path": "tx_lightning.loggers.WandB"},
+                "use_distributed_sampler": False,
+                "enable_autolog_hparams": False,
+            },
+            parser_class=Parser,
+            parser_kwargs={"prog": "tx-lightning"} if run else {},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=list(words),
+            run=run,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=int,
+            default=0,
+            help="Seed of everything random; the data's seed follows it.",
+        )
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the experiment; that of the first --config file by default.",
+        )
+        parser.add_argument(
+            "--runs_dir",
+            type=str,
+            default="runs",
+            help="Folder in which <name>/<time> is made, one for each run.",
+        )
+        parser.add_argument(
+            "--model_from",
+            type=ModelFrom,
+            default="agree",
+            help="With --ckpt_path, whose model section holds where the two differ: agree is an "
+            "error that lists the keys.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Trainer, "trainer")
+        defaults = {f"trainer.{key}": value for key, value in self.trainer_defaults.items()}
+        parser.set_defaults(defaults)
+        # The model section may come from a checkpoint instead.
+        parser.add_lightning_class_args(LightningModule, "model", True, required=False)
+        parser.add_lightning_class_args(LightningDataModule, "data", True)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for source, target in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str | None,
+                default=None,
+                help="A run folder: go on in it, with its configuration, from its newest "
+                "checkpoint; what else is given here is merged on top.",
+            )
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        assert isinstance(args, list)
+        words = self._with_resumed_run(args)
+        values = given(words)
+        self.name = str(values.get("name") or "")
+        if self.verb and values.get("ckpt_path"):
+            self.checkpoint = Path(values["ckpt_path"])
+        if self.resumed:
+            self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
+        if self.checkpoint and not _has_class(values, "model"):
+            words = [words[0], f"--model={json.dumps(self._recorded_model())}", *words[1:]]
+        self.config = parser.parse_args(words)
+        self._check_links(given(words))
+
+    def _with_resumed_run(self, words: list[str]) -> list[str]:
+        """Replace `--resume FOLDER` by the configuration of that run."""
+        folder = given(words).get("resume") if self.verb == "fit" else None
+        if not folder:
+            return words
+        self.resumed = Path(folder).absolute()
+        if not (self.resumed / CONFIG).is_file():
+            raise ConfigurationError(f"--resume {folder}: there is no {CONFIG}, so it is not a run folder")
+        rest = without_option(words[1:], "resume")
+        return ["fit", "--config", str(self.resumed / CONFIG), *rest]
+
+    def _recorded_model(self) -> dict[str, Any]:
+        assert self.checkpoint is not None
+        settings = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
+        if settings is None:
+            raise ConfigurationError(
+                f"checkpoint {self.checkpoint} has no model settings: give the model section"
+            )
+        assert isinstance(settings, dict)
+        return settings
+
+    def _check_links(self, values: dict[str, Any]) -> None:
+        """A value that follows from another may be repeated, but not set to something else."""
+        section = self._section()
+        for source, target in LINKS.items():
+            key = target.replace(".init_args", "")
+            asked, taken = values.get(key), section.get(target)
+            if asked is not None and taken is not None and asked != taken:
+                raise ConfigurationError(
+                    f"{key}={asked} contradicts {source.replace('.init_args', '')}={taken}, from "
+                    f"which it follows: leave {key} out"
+                )
+
+    def _section(self) -> Any:
+        """The part of the configuration that belongs to the verb."""
+        return self.config[self.verb] if self.verb else self.config
+
+    def _parse_ckpt_path(self) -> None:
+        """Compare the model section with the checkpoint's; neither silently replaces the other."""
+        section = self._section()
+        if section.get("model") is None:
+            raise ConfigurationError(
+                "no model section: give --config with one, or --ckpt_path with a checkpoint"
+            )
+        if self.checkpoint is None:
+            return
+        recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
+        if recorded is None or section.model_from == "config":
+            return
+        base = self.parser.parse_object({self.verb: {"model": recorded}}, self.config)
+        theirs = self._plain(base)["model"]
+        differing = differences(self._plain(self.config)["model"], theirs)
+        vocabulary = recorded["init_args"].get("vocab_size")
+        ours = section.model.init_args.get("vocab_size")
+        if vocabulary != ours:
+            raise ConfigurationError(
+                f"data.vocab_size is {ours}, the checkpoint's {vocabulary}: they must be equal"
+            )
+        if section.model_from == "checkpoint":
+            self.config = base
+        elif differing:
+            shown_keys = "; ".join(
+                f"model.{key}: {ours!r} here, {theirs!r} there"
+                for key, (ours, theirs) in differing.items()
+            )
+            raise ConfigurationError(
+                f"the model section differs from that of checkpoint {shown(self.checkpoint)}: "
+                f"{shown_keys}. Choose with --model_from config or --model_from checkpoint"
+            )
+
+    def _plain(self, config: Any) -> dict[str, Any]:
+        """The verb's configuration as plain values, complete, linked ones included."""
+        text = self.parser.dump(config, skip_unset=False, skip_link_targets=False, format="yaml")
+        tree = yaml.safe_load(text)
+        plain = tree[self.verb] if self.verb else tree
+        assert isinstance(plain, dict)
+        return plain
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer in the run's own folder, with what every run has."""
+        self.folder = self._make_folder()
+        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.folder / CHECKPOINTS)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if trainer.loggers and not trainer.fast_dev_run:
+            trainer.loggers = [*trainer.loggers, MetricsFile(self.folder)]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandB):
+                logger.open_in(self.folder, self.verb or "build")
+        trainer.callbacks.insert(0, RunRecord(self._plain(self.config)))
+        trainer.callbacks.append(GracefulStop(self.folder))
+        if self.verb == "predict":
+            trainer.callbacks.append(PredictionWriter(self.folder))
+        return trainer
+
+    def _make_folder(self) -> Path:
+        section = self._section()
+        asked = section.trainer.get("default_root_dir")
+        if self.resumed:
+            folder = self.resumed
+        elif asked:
+            folder = Path(asked).absolute()
+            if (folder / CONFIG).exists() and is_first_process():
+                raise ConfigurationError(
+                    f"trainer.default_root_dir: {asked} holds another run; choose a new folder, or "
+                    f"go on there with --resume {asked}"
+                )
+        else:
+            folder = run_folder(Path(section.runs_dir) / self._run_name())
+        if is_first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._save_config(folder / CONFIG)
+        return folder
+
+    def _run_name(self) -> str:
+        section = self._section()
+        if section.name:
+            return str(section.name)
+        if section.get("config"):
+            return Path(str(section.config[0])).stem
+        return str(section.model.class_path.rpartition(".")[2])
+
+    def _save_config(self, path: Path) -> None:
+        """Write the configuration with which this run can be repeated."""
+        config = self.config.clone()
+        section = config[self.verb] if self.verb else config
+        section.name = self._run_name()
+        parser = self._parser(self.verb)
+        text = parser.dump(section, skip_unset=False, format="yaml")
+        header = f"# tx-lightning {__version__}: {' '.join(sys.argv[1:])}\n"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(header + text, encoding="utf-8")
+        temporary.replace(path)
+
+    def after_instantiate_classes(self) -> None:
+        if isinstance(self.model, Rebuildable):
+            self.model.settings = self._plain(self.config)["model"]
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._announce()
+        failed = True
+        try:
+            super()._run_subcommand(subcommand)
+            failed = False
+        finally:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandB):
+                    logger.finish(failed=failed)
+
+    def _announce(self) -> None:
+        """Say where the run is and how to go on; drop the metrics that will be made again."""
+        assert self.folder is not None
+        if not is_first_process():
+            return
+        print(f"run folder: {shown(self.folder)}", flush=True)
+        if self.verb != "fit":
+            return
+        if not self.resumed:
+            go_on = f"tx-lightning fit --resume {shown(self.folder)}"
+            print(f"after an interruption, go on with: {go_on}", flush=True)
+            return
+        if self.checkpoint is None:
+            print("no checkpoint was written yet: starting from the beginning", flush=True)
+        step = read_checkpoint(self.checkpoint, lazily=True)["global_step"] if self.checkpoint else -1
+        MetricsFile(self.folder).rewind(step)
+
+
+def _has_class(values: dict[str, Any], key: str) -> bool:
+    """Whether the words or files name a class for a section."""
+    return bool(values.get(key) or values.get(f"{key}.class_path"))
+
+
+def run(words: Sequence[str]) -> int:
+    """Carry out a command and return its exit status: 1 for an error, 2 for a wrong configuration.
+
+    Args:
+        words: The words of the command, the verb first.
+    """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a class of one's own in the folder where one works
+    try:
+        return _dispatch(words)
+    except Interrupted as stop:
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(words: Sequence[str]) -> int:
+    if words[0] == "translate":
+        from tx_lightning.translate import main
+
+        return main(words[1:])
+    if words[0] == "average":
+        from tx_lightning.averaging import main
+
+        return main(words[1:])
+    import_classes()
+    CommandLine(words)
+    return 0
+
+
+def import_classes() -> None:
+    """Import every module of the package, so that its classes are known by their short names."""
+    for module in pkgutil.walk_packages(tx_lightning.__path__, "tx_lightning."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+
+
+def _no_tips(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

@@ -1,0 +1,58 @@
+"""Text to batches: sources, tokenizers, the token store, samplers, one data module per task.
+
+The names below are imported when they are first asked for: Lightning alone takes seconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tx_lightning.data.batches import TranslationBatch
+    from tx_lightning.data.errors import DataError
+    from tx_lightning.data.huggingface import HuggingFacePairs
+    from tx_lightning.data.multi30k import Multi30k
+    from tx_lightning.data.sources import TSV, JSONLines, ParallelSource, TextPairs
+    from tx_lightning.data.tokenizers import (
+        ByteLevelBPE,
+        Characters,
+        Tokenizer,
+        Tokenizers,
+        Unigram,
+        Words,
+    )
+    from tx_lightning.data.translation import TranslationData
+
+_MODULES = {
+    "batches": ["TranslationBatch"],
+    "errors": ["DataError"],
+    "huggingface": ["HuggingFacePairs"],
+    "multi30k": ["Multi30k"],
+    "sources": ["TSV", "JSONLines", "ParallelSource", "TextPairs"],
+    "tokenizers": ["ByteLevelBPE", "Characters", "Tokenizer", "Tokenizers", "Unigram", "Words"],
+    "translation": ["TranslationData"],
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "TSV",
+    "ByteLevelBPE",
+    "Characters",
+    "DataError",
+    "HuggingFacePairs",
+    "JSONLines",
+    "Multi30k",
+    "ParallelSource",
+    "TextPairs",
+    "Tokenizer",
+    "Tokenizers",
+    "TranslationBatch",
+    "TranslationData",
+    "Unigram",
+    "Words",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,25 @@
+"""Errors about the user's data: one line each, with what exists instead of what was asked for."""
+
+import difflib
+from collections.abc import Sequence
+
+_LISTED = 10
+_COMPARED = 1000
+_LONGEST = 60  # characters of a name; a header line may hold a million
+
+
+class DataError(ValueError):
+    """The user's data cannot be used; the message is one line: what, where, and the remedy."""
+
+
+def listed(names: Sequence[str], wanted: str) -> str:
+    """The names that exist, the nearest to `wanted` first, as `'train', 'val' and 3 more`."""
+    short = [_shortened(name) for name in names[:_COMPARED]]
+    near = difflib.get_close_matches(_shortened(wanted), short, n=3, cutoff=0.5)
+    shown = (near + [name for name in short if name not in near])[:_LISTED]
+    more = len(names) - len(shown)
+    return ", ".join(map(repr, shown)) + (f" and {more} more" if more else "")
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST else name[:_LONGEST] + "..."

@@ -1,0 +1,20 @@
+"""Search over a step function: greedy, beam, sampling, and the filters they share."""
+
+from tx_lightning.decoding.beam import Beam
+from tx_lightning.decoding.filters import Filter, MinLength, NoRepeatNgram
+from tx_lightning.decoding.greedy import Greedy
+from tx_lightning.decoding.sampling import Sampling
+from tx_lightning.decoding.search import Decoding, DecodingState, Hypothesis, Step
+
+__all__ = [
+    "Beam",
+    "Decoding",
+    "DecodingState",
+    "Filter",
+    "Greedy",
+    "Hypothesis",
+    "MinLength",
+    "NoRepeatNgram",
+    "Sampling",
+    "Step",
+]

@@ -1,0 +1,215 @@
+"""Where metrics go: a JSON Lines file in the run folder, always, and Weights & Biases."""
+
+import json
+import netrc
+import os
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only
+
+from tx_lightning.runs import METRICS, shown
+
+Mode = Literal["online", "offline", "disabled"]
+BEST = {
+    "val/bleu": "max",
+    "val/chrf": "max",
+    "val/accuracy": "max",
+    "val/loss": "min",
+    "val/nll": "min",
+    "val/perplexity": "min",
+}
+
+
+class MetricsFile(Logger):
+    """Appends each row of metrics to `metrics.jsonl` in the run folder, at once.
+
+    A row is `{"step": ..., "time": seconds since 1970, name: value, ...}`. The file is what a run
+    can be judged by when everything else failed: a killed process loses no row.
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / METRICS
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: float(value) for name, value in metrics.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
+        """The configuration stands in config.yaml beside the file."""
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows beyond a step, and a torn last line: training goes on from there."""
+        if not self.path.exists():
+            return
+        rows = [row for row in read_metrics(self.path) if (row["step"] or 0) <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that a kill tore."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class WandB(WandbLogger):
+    """Weights & Biases: online, offline or disabled, into the run folder.
+
+    The run holds the resolved configuration (nested), the number of parameters, the statistics of
+    the data and the signatures of the metrics. `val/bleu` is summarized by its maximum. A killed
+    process loses at most `flush_seconds` of history. When a run is resumed its id is kept.
+
+    Args:
+        project: The project of the run.
+        mode: Where the run goes. `auto` obeys WANDB_MODE; without it, it is online where an API key
+            is configured (WANDB_API_KEY or `wandb login`) and offline elsewhere.
+        entity: The user or team that owns the project.
+        name: The name of the run; that of the run folder by default.
+        group: Runs of one group, as seeds of one experiment, are shown together.
+        tags: Labels of the run.
+        notes: A longer description of the run.
+        flush_seconds: How long history may wait in memory before it is on disk.
+    """
+
+    def __init__(
+        self,
+        *,
+        project: str = "tx_lightning",
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+        flush_seconds: float = 1.0,
+    ) -> None:
+        super().__init__(
+            project=project, name=name, entity=entity, group=group, tags=tags, notes=notes
+        )
+        self.mode: Mode = wandb_mode() if mode == "auto" else mode
+        self._asked = mode != "auto" or bool(os.environ.get("WANDB_MODE"))
+        self._flush_seconds = flush_seconds
+
+    def open_in(self, folder: Path, job_type: str) -> None:
+        """Write below a run folder, and take up the id that an earlier start left there.
+
+        Args:
+            folder: The run folder, `runs/<name>/<time>`.
+            job_type: The verb: fit, validate, test or predict.
+        """
+        self._save_dir = str(folder)
+        self._wandb_init.pop("anonymous", None)  # of no effect any more, and wandb warns of it
+        self._id_file = folder / "wandb" / "run_id"
+        if self._id_file.exists():
+            self._id = self._id_file.read_text().strip()
+        self._name = self._name or f"{folder.parent.name}/{folder.name}"
+        self._wandb_init |= {
+            "dir": self._save_dir,
+            "id": self._id,
+            "name": self._name,
+            "mode": self.mode,
+            "job_type": job_type,
+        }
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The wandb run; it is started when first asked for."""
+        if self._experiment is None:
+            self._start()
+        return self._experiment
+
+    def _start(self) -> None:
+        import wandb
+
+        self._wandb_init["settings"] = wandb.Settings(
+            x_transaction_log_flush_interval=self._flush_seconds, console="off", silent=True
+        )
+        run = super().experiment
+        for metric, summary in BEST.items():
+            run.define_metric(metric, summary=summary, step_metric="trainer/global_step")
+        if self.mode == "disabled":
+            return
+        self._id_file.parent.mkdir(exist_ok=True)
+        self._id_file.write_text(f"{run.id}\n")
+        if self.mode == "online":
+            print(f"W&B: {run.url}", flush=True)
+            return
+        why = "" if self._asked else " (no API key is configured)"
+        folder = shown(Path(run.settings.sync_dir))
+        print(f"W&B is offline{why}; to upload this run: wandb sync {folder}", flush=True)
+
+    @rank_zero_only
+    def finish(self, *, failed: bool) -> None:
+        """Close the run, so that everything is on disk or uploaded."""
+        if self._experiment is not None:
+            self._experiment.finish(exit_code=int(failed))
+            self._experiment = None
+
+
+def wandb_mode() -> Mode:
+    """What `auto` means here: WANDB_MODE, else online with an API key and offline without."""
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    modes: dict[str, Mode] = {
+        "online": "online",
+        "run": "online",
+        "shared": "online",
+        "offline": "offline",
+        "dryrun": "offline",
+        "disabled": "disabled",
+    }
+    if asked:
+        if asked not in modes:
+            raise ValueError(f"WANDB_MODE={asked!r} is not a mode; there are {', '.join(modes)}")
+        return modes[asked]
+    return "online" if _has_key() else "offline"
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    files: Iterable[Path] = [Path.home() / ".netrc", Path.home() / "_netrc"]
+    if os.environ.get("NETRC"):
+        files = [Path(os.environ["NETRC"]).expanduser()]
+    for file in files:
+        try:
+            entry = netrc.netrc(file).authenticators(host)
+        except (OSError, netrc.NetrcParseError):
+            continue
+        if entry and entry[2]:
+            return True
+    return False

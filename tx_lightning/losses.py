@@ -1,0 +1,113 @@
+"""Losses as (sum, tokens): they are divided once, by the tokens of the whole optimizer step.
+
+Shapes: N tokens, D d_model, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tx_lightning.nn.linear import matmul_transposed
+
+# Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
+_CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
+
+
+class TokenLoss(NamedTuple):
+    """Sums over N tokens, float32 scalars.
+
+    Attributes:
+        loss: Label-smoothed cross-entropy, in nats; this is what is trained on.
+        nll: Negative log-likelihood, in nats, without gradient.
+    """
+
+    loss: Tensor
+    nll: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0
+) -> TokenLoss:
+    """Project to the vocabulary and sum the label-smoothed cross-entropy, never holding all logits.
+
+    Equals `F.cross_entropy(hidden @ weight.T, targets, label_smoothing=..., reduction="sum")`
+    (Szegedy et al. 2016, section 7: a share `label_smoothing` of the target is uniform over V). The
+    logits of a chunk of tokens are made, turned into their gradient in place, multiplied back,
+    and dropped, so that memory does not grow with N x V and the logits do not leave the cache.
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D), the output projection.
+        targets: (N,) ids; no padding among them.
+        label_smoothing: Between 0 and 1.
+    """
+    sums = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing)  # type: ignore[no-untyped-call]
+    return TokenLoss(*sums)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients along with the loss: each chunk's logits exist only once.
+
+    With p = softmax(z) the gradient of the loss of one token by its logits z is
+    p - (1 - e) onehot(target) - e / V. The last term is the same for all tokens, and is taken out
+    of the loop: it adds -e / V times the column sums of the weight, and of hidden.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        h, w = hidden.to(dtype), weight.to(dtype)
+        rows = max(1, _CHUNK_LOGITS.get(device, 1 << 27) // weight.shape[0])
+        uniform = label_smoothing / weight.shape[0]
+        needs_grad = any(ctx.needs_input_grad[:2])
+        grad_h = torch.empty_like(h) if needs_grad else None
+        grad_w = torch.zeros_like(w, dtype=torch.float32) if needs_grad else None
+        nll = torch.zeros((), device=hidden.device)
+        all_nll = torch.zeros((), device=hidden.device)  # summed over the whole vocabulary
+        with torch.autocast(device, enabled=False):
+            for chunk in range(0, len(targets), rows):
+                part = slice(chunk, chunk + rows)
+                target = targets[part, None]
+                log_p = _matmul_transposed(h[part], w).float().log_softmax(dim=-1)  # (rows, V)
+                nll -= log_p.gather(1, target).sum()
+                if label_smoothing:
+                    all_nll -= log_p.sum()
+                if grad_h is None or grad_w is None:
+                    continue
+                p = log_p.exp_()
+                p.scatter_add_(1, target, p.new_full(target.shape, label_smoothing - 1))
+                p = p.to(h.dtype)
+                grad_h[part] = _matmul_transposed(p, w.t())
+                grad_w += _matmul_transposed(h[part].t(), p.t()).t()
+            if grad_h is not None and grad_w is not None and label_smoothing:
+                grad_h -= uniform * w.sum(0)
+                grad_w -= uniform * h.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(grad_h, grad_w)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(nll)
+        return (1 - label_smoothing) * nll + uniform * all_nll, nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_loss: Tensor, grad_nll: Tensor
+    ) -> tuple[Tensor, Tensor, None, None]:
+        grad_h, grad_w = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        return (
+            (grad_h * grad_loss).to(hidden_dtype),
+            (grad_w * grad_loss).to(weight_dtype),
+            None,
+            None,
+        )
+
+
+def _matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        return matmul_transposed(a, b)
+    return a @ b.t()

@@ -1,0 +1,124 @@
+"""Corpus metrics that are the same number on one process and on many.
+
+Each is a sum of statistics over segments or tokens. Processes add their sums; nothing is averaged
+over batches or ranks, so uneven shards change nothing.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import torch
+from sacrebleu.metrics.base import Metric as Scorer
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class _CorpusScore(Metric):
+    """A sacreBLEU score from summed integer statistics, one reference per hypothesis."""
+
+    full_state_update = False
+    higher_is_better = True
+    statistics: Tensor
+
+    def __init__(self, scorer: Scorer, n_statistics: int) -> None:
+        super().__init__()
+        scorer.num_refs = 1  # makes the signature known before the first update
+        self._scorer = scorer
+        self.add_state(
+            "statistics", torch.zeros(n_statistics, dtype=torch.int64), dist_reduce_fx="sum"
+        )
+
+    def update(self, hypotheses: Sequence[str], references: Sequence[str]) -> None:
+        """Add segments.
+
+        Args:
+            hypotheses: Detokenized output, one string per segment; may be empty.
+            references: The untouched reference of each.
+
+        Raises:
+            ValueError: When there are more of the one than of the other.
+        """
+        if len(hypotheses) != len(references):
+            raise ValueError(
+                f"{len(hypotheses)} hypotheses were given for {len(references)} references: "
+                "every hypothesis needs exactly one"
+            )
+        if hypotheses:
+            segments = self._scorer._extract_corpus_statistics(hypotheses, [references])
+            self.statistics += torch.tensor(segments).sum(0).to(self.statistics.device)
+
+    def compute(self) -> Tensor:
+        """Return the corpus score, 0 to 100, a float64 scalar; 0 for an empty corpus."""
+        score = self._scorer._compute_score_from_stats(self.statistics.tolist()).score
+        return torch.tensor(score, dtype=torch.float64)
+
+    @property
+    def signature(self) -> str:
+        """What has to stand beside the number for it to mean something."""
+        return str(self._scorer.get_signature())
+
+
+class CorpusBLEU(_CorpusScore):
+    """sacreBLEU's corpus BLEU (Papineni et al. 2002; Post 2018), bit for bit.
+
+    Args:
+        lowercase: Score lower-cased text.
+        tokenize: sacreBLEU's tokenization: 13a (default), intl, char, zh, or none for text that is
+            tokenized already.
+
+    Raises:
+        ValueError: When sacreBLEU knows no such tokenization.
+    """
+
+    def __init__(self, *, lowercase: bool = False, tokenize: str = "13a") -> None:
+        if tokenize not in BLEU.TOKENIZERS:
+            known = sorted(BLEU.TOKENIZERS)
+            nearest = get_close_matches(tokenize, known, n=1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            raise ValueError(
+                f"tokenize={tokenize!r} is no tokenization of sacreBLEU: "
+                f"{hint}There are {', '.join(known)}"
+            )
+        super().__init__(BLEU(lowercase=lowercase, tokenize=tokenize, force=True), n_statistics=10)
+
+
+class CorpusChrF(_CorpusScore):
+    """sacreBLEU's corpus chrF (Popović 2015), bit for bit; chrF++ with `word_order=2`.
+
+    Args:
+        word_order: Longest word n-grams that are counted besides characters; 0 counts none.
+        lowercase: Score lower-cased text.
+    """
+
+    def __init__(self, *, word_order: int = 0, lowercase: bool = False) -> None:
+        scorer = CHRF(word_order=word_order, lowercase=lowercase)
+        super().__init__(scorer, n_statistics=3 * scorer.order)
+
+
+class TokenMean(Metric):
+    """A mean over tokens: the sum of all totals by the sum of all counts."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor | float, count: Tensor | int) -> None:
+        """Add a batch, without waiting for the device.
+
+        Args:
+            total: The sum of a quantity over tokens, a scalar.
+            count: The number of those tokens.
+        """
+        self.total += total.detach() if isinstance(total, Tensor) else total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Return the mean, a float64 scalar; NaN where nothing was counted."""
+        return self.total / self.count

@@ -1,0 +1,274 @@
+"""The encoder-decoder Transformer (Vaswani et al. 2017): ids in, logits out.
+
+Shapes: B batch, S source length, T target length, D d_model, V vocabulary, N rows being decoded.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.dropout import Dropout
+from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
+from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, NormFactory
+from tx_lightning.nn.linear import Linear
+from tx_lightning.nn.masks import additive_mask, causal_mask, padding_mask
+from tx_lightning.nn.positions import Positions, PositionsFactory, SinusoidalPositions
+
+
+@dataclass
+class Memory:
+    """What the encoder made of the source.
+
+    Attributes:
+        states: (B, S, D).
+        mask: (B, 1, 1, S), True where the source has a token.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+@dataclass
+class DecoderState:
+    """Everything a decoding step needs besides the newest tokens; rows can be reordered.
+
+    Attributes:
+        caches: Keys and values of the target so far, one per layer.
+        memories: Projected memory, one per layer, each (N, H, S, K).
+        memory_mask: (N, 1, 1, S).
+    """
+
+    caches: list[KeyValueCache]
+    memories: list[KeyValues]
+    memory_mask: Tensor
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, reorder or repeat rows in place: row i becomes what row rows[i] was.
+
+        As long as their number stays, rows stay with their sentence, and so do the memories.
+        """
+        for cache in self.caches:
+            cache.select(rows)
+        if len(rows) == len(self.memory_mask):
+            return
+        self.memories = [memory.select(rows) for memory in self.memories]
+        self.memory_mask = self.memory_mask.index_select(0, rows)
+
+
+class Embedding(nn.Module):
+    """Token embeddings times sqrt(D), plus positions, with dropout: (B, T) -> (B, T, D)."""
+
+    def __init__(self, vocab_size: int, d_model: int, dropout: float, pad_id: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, d_model, padding_idx=pad_id)
+        nn.init.normal_(self.tokens.weight, std=d_model**-0.5)
+        nn.init.zeros_(self.tokens.weight[pad_id])
+        self.dropout = Dropout(dropout)
+        self.scale = math.sqrt(d_model)
+
+    def forward(self, ids: Tensor, positions: Positions, start: int = 0) -> Tensor:
+        return self.dropout(positions.embed(self.tokens(ids) * self.scale, start))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers over a padded source; pre-norm stacks end in a norm."""
+
+    def __init__(
+        self, layers: list[EncoderLayer], positions: Positions, final_norm: nn.Module
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.positions = positions
+        self.final_norm = final_norm
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        length = x.shape[1]
+        bias = self.positions.bias(length, length)
+        if bias is not None:
+            mask = additive_mask(mask, bias.to(x.dtype))
+        for layer in self.layers:
+            x = layer(x, mask=mask, positions=self.positions)
+        return self.final_norm(x)
+
+
+class Decoder(nn.Module):
+    """A stack of decoder layers. Padding stands at the right, so that causality hides it."""
+
+    def __init__(
+        self, layers: list[DecoderLayer], positions: Positions, final_norm: nn.Module
+    ) -> None:
+        super().__init__()
+        self.layers = cast(list[DecoderLayer], nn.ModuleList(layers))
+        self.positions = positions
+        self.final_norm = final_norm
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Transform a whole target, (B, T, D) -> (B, T, D), no position seeing its future."""
+        length = x.shape[1]
+        mask = None
+        bias = self.positions.bias(length, length)
+        if bias is not None:
+            mask = additive_mask(causal_mask(length, length, x.device), bias.to(x.dtype))
+        for layer in self.layers:
+            x = layer(
+                x,
+                memory.states,
+                mask=mask,
+                causal=mask is None,
+                memory_mask=memory.mask,
+                positions=self.positions,
+            )
+        return self.final_norm(x)
+
+    def step(self, x: Tensor, state: DecoderState) -> Tensor:
+        """Transform the newest position, (N, 1, D) -> (N, 1, D), given the cached earlier ones."""
+        bias = self.positions.bias(1, state.caches[0].length + 1)
+        mask = None if bias is None else bias.to(x.dtype)
+        for layer, cache, memory in zip(self.layers, state.caches, state.memories, strict=True):
+            x = layer(
+                x,
+                memory,
+                mask=mask,
+                memory_mask=state.memory_mask,
+                positions=self.positions,
+                cache=cache,
+            )
+        return self.final_norm(x)
+
+
+class EncoderDecoder(nn.Module):
+    """The Transformer of "Attention is all you need"; its defaults are the paper's base model.
+
+    Matrices are Xavier uniform, embeddings normal with variance 1 / d_model (section 3.4 multiplies
+    them by sqrt(d_model)).
+
+    Args:
+        vocab_size: Rows of each embedding table.
+        d_model: Width of the residual stream.
+        n_heads: Attention heads per layer.
+        n_encoder_layers: Encoder layers.
+        n_decoder_layers: Decoder layers.
+        d_ff: Width of the feed-forward sublayers.
+        dropout: Dropout on embeddings and on each sublayer's output.
+        attention_dropout: Dropout on attention weights; above 0 it costs the fused kernel on CPUs.
+        pre_norm: Norms before the sublayers instead of after the residual sums.
+        positions: The position scheme, one line of YAML: `NoPositions`, `SinusoidalPositions`,
+            `LearnedPositions`, `RotaryPositions`, `AlibiPositions`, `T5RelativePositions`.
+        norm: The norm: `torch.nn.LayerNorm` or `torch.nn.RMSNorm`.
+        feed_forward: `ReLUFeedForward`, `GELUFeedForward` or `SwiGLUFeedForward`.
+        share_embeddings: One table for source and target; needs a shared vocabulary.
+        tie_output: The output projection is the target embedding table.
+        pad_id: The id of padding.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        d_model: int = 512,
+        n_heads: int = 8,
+        n_encoder_layers: int = 6,
+        n_decoder_layers: int = 6,
+        d_ff: int = 2048,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        pre_norm: bool = False,
+        positions: PositionsFactory = SinusoidalPositions,
+        norm: NormFactory = nn.LayerNorm,
+        feed_forward: FeedForwardFactory = ReLUFeedForward,
+        share_embeddings: bool = True,
+        tie_output: bool = True,
+        pad_id: int = 0,
+    ) -> None:
+        super().__init__()
+        self.pad_id = pad_id
+        self.share_embeddings = share_embeddings
+        self.target_embedding = Embedding(vocab_size, d_model, dropout, pad_id)
+        self.source_embedding = (
+            self.target_embedding
+            if share_embeddings
+            else Embedding(vocab_size, d_model, dropout, pad_id)
+        )
+
+        def encoder_layer() -> EncoderLayer:
+            return EncoderLayer(
+                d_model,
+                n_heads,
+                d_ff,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                pre_norm=pre_norm,
+                norm=norm,
+                feed_forward=feed_forward,
+            )
+
+        def decoder_layer() -> DecoderLayer:
+            return DecoderLayer(
+                d_model,
+                n_heads,
+                d_ff,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                pre_norm=pre_norm,
+                norm=norm,
+                feed_forward=feed_forward,
+            )
+
+        def final_norm() -> nn.Module:
+            return norm(d_model) if pre_norm else nn.Identity()
+
+        self.encoder = Encoder(
+            [encoder_layer() for _ in range(n_encoder_layers)],
+            positions(d_model, n_heads, True),
+            final_norm(),
+        )
+        self.decoder = Decoder(
+            [decoder_layer() for _ in range(n_decoder_layers)],
+            positions(d_model, n_heads, False),
+            final_norm(),
+        )
+        self.output = Linear(d_model, vocab_size, bias=False)
+        if tie_output:
+            self.output.weight = self.target_embedding.tokens.weight
+        else:
+            nn.init.normal_(self.output.weight, std=d_model**-0.5)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return next-token logits (B, T, V) for source (B, S) and target (B, T) ids."""
+        return self.output(self.hidden(source, target))
+
+    def hidden(self, source: Tensor, target: Tensor) -> Tensor:
+        """Return what the output projection is applied to, (B, T, D)."""
+        memory = self.encode(source)
+        return self.decoder(self.target_embedding(target, self.decoder.positions), memory)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output projection, (V, D)."""
+        return self.output.weight
+
+    def encode(self, source: Tensor) -> Memory:
+        """Encode source ids (B, S), padded at the right."""
+        mask = padding_mask(source, self.pad_id)
+        x = self.source_embedding(source, self.encoder.positions)
+        return Memory(self.encoder(x, mask), mask)
+
+    def start(self, source: Tensor) -> DecoderState:
+        """Encode source ids (B, S) and prepare one row per sentence."""
+        memory = self.encode(source)
+        return DecoderState(
+            caches=[KeyValueCache() for _ in self.decoder.layers],
+            memories=[
+                layer.cross_attention.keys_values(memory.states) for layer in self.decoder.layers
+            ],
+            memory_mask=memory.mask,
+        )
+
+    def step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Return the logits (N, V) of what follows the newest tokens (N,); the state moves on."""
+        start = state.caches[0].length
+        x = self.target_embedding(tokens[:, None], self.decoder.positions, start)
+        return self.output(self.decoder.step(x, state)[:, 0])

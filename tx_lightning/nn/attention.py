@@ -1,0 +1,175 @@
+"""Multi-head attention, self and cross in one class, on a fused kernel with a naive oracle.
+
+Shapes: B batch, T queries, S keys, D d_model, H heads, K = D / H head width.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.linear import Linear, linear
+from tx_lightning.nn.masks import causal_mask
+from tx_lightning.nn.positions import Positions
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> Tensor:
+    """Attend with torch's fused kernel: q (B, H, T, K), k and v (B, H, S, K) -> (B, H, T, K).
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: Boolean (True = may attend) or additive float, broadcasts to (B, H, T, S).
+        causal: Whether query t sees keys up to t only; needs T = S and no mask.
+        dropout: Share of the attention weights that is dropped.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
+    )
+
+
+def naive_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attend as Vaswani et al. 2017, eq. 1, is written; return the result and the weights.
+
+    softmax(q k^T / sqrt(K)) v, with weights (B, H, T, S); a query that may attend to nothing gets
+    weights and result 0.
+    """
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+    if causal:
+        allowed = causal_mask(q.shape[-2], k.shape[-2], q.device)
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask
+    blind = (scores == float("-inf")).all(dim=-1, keepdim=True)  # softmax would be 0 / 0
+    weights = scores.masked_fill(blind, 0.0).softmax(dim=-1).masked_fill(blind, 0.0)
+    return weights @ v, weights
+
+
+class MultiHeadAttention(nn.Module):
+    """Self-attention, or attention over a memory (Vaswani et al. 2017, section 3.2.2).
+
+    Args:
+        d_model: Width D of input and output.
+        n_heads: Number of heads H; must divide d_model.
+        dropout: Dropout on the attention weights. Above 0 it costs the fused kernel on CPUs.
+        bias: Whether the four projections have a bias.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, *, dropout: float = 0.0, bias: bool = True
+    ) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
+            nearest = min(divisors, key=lambda h: abs(h - n_heads))
+            raise ValueError(
+                f"d_model={d_model} is not divisible by n_heads={n_heads}: "
+                f"the nearest number of heads that divides it is {nearest}"
+            )
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.bias = bias
+        self.input = Linear(d_model, 3 * d_model, bias=bias)  # queries, keys, values
+        self.output = Linear(d_model, d_model, bias=bias)
+        self.kernel: Kernel = fused_attention
+        for part in self.input.weight.chunk(3):  # Xavier of three D x D matrices, not of one
+            nn.init.xavier_uniform_(part)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | KeyValues | None = None,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        positions: Positions | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Attend from x (B, T, D) over itself, or over a memory (B, S, D): -> (B, T, D).
+
+        Args:
+            x: The queries' side.
+            memory: What is attended to; x itself where None; `KeyValues` where it was projected
+                once with `keys_values`.
+            mask: True = may attend, or additive float; broadcasts to (B, H, T, S).
+            causal: Whether no query sees its future. With an additive mask or a cache of earlier
+                positions, pass the causal part in the mask instead.
+            positions: The scheme that turns queries and keys.
+            cache: Earlier keys and values; the new ones are appended to it.
+        """
+        d = x.shape[-1]
+        if memory is None:
+            q, k, v = (self._split(y) for y in self.input(x).chunk(3, dim=-1))
+        else:
+            q = self._split(self._project(x, slice(d)))
+            k, v = memory if isinstance(memory, KeyValues) else self.keys_values(memory)
+        if positions is not None:
+            start = 0 if cache is None else cache.length
+            q, k = positions.rotate(q, start), positions.rotate(k, start)
+        if cache is not None:
+            k, v = cache.append(KeyValues(k, v))
+        y = self.kernel(q, k, v, mask, causal, self.dropout if self.training else 0.0)
+        return self.output(y.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, D)
+
+    def keys_values(self, memory: Tensor) -> KeyValues:
+        """Project a memory (B, S, D) once, for many queries: keys and values (B, H, S, K)."""
+        k, v = self._project(memory, slice(memory.shape[-1], None)).chunk(2, dim=-1)
+        return KeyValues(self._split(k), self._split(v))
+
+    def _project(self, x: Tensor, rows: slice) -> Tensor:
+        bias = self.input.bias[rows] if self.bias else None
+        return linear(x, self.input.weight[rows], bias)
+
+    def _split(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        return x.view(b, t, self.n_heads, -1).transpose(1, 2)  # (B, T, D) -> (B, H, T, K)
+
+
+@contextmanager
+def record_attention(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Run every attention inside `module` through the naive kernel and keep its weights.
+
+    Yields a dictionary from the qualified name of each `MultiHeadAttention`
+    ("encoder.layers.0.self_attention") to its weights (B, H, T, S) of the latest call. Nothing
+    is added to the modules, and outside the context the fused kernel runs as before.
+    """
+    maps: dict[str, Tensor] = {}
+    attentions = {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, MultiHeadAttention)
+    }
+    kernels = {name: attention.kernel for name, attention in attentions.items()}
+    try:
+        for name, attention in attentions.items():
+            attention.kernel = _recorder(name, maps)
+        with torch.compiler.set_stance("force_eager"):
+            yield maps
+    finally:
+        for name, attention in attentions.items():
+            attention.kernel = kernels[name]
+
+
+def _recorder(name: str, maps: dict[str, Tensor]) -> Kernel:
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+    ) -> Tensor:
+        y, weights = naive_attention(q, k, v, mask, causal)
+        maps[name] = weights.detach()
+        return F.dropout(weights, dropout) @ v if dropout else y
+
+    return kernel

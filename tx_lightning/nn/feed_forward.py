@@ -1,0 +1,75 @@
+"""The position-wise feed-forward sublayer: (B, T, D) -> (B, T, D), one class per activation."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tx_lightning.nn.dropout import Dropout
+from tx_lightning.nn.linear import Linear
+
+FeedForwardFactory = Callable[[int, int], nn.Module]
+
+
+class ReLUFeedForward(nn.Module):
+    """max(0, x W1 + b1) W2 + b2 (Vaswani et al. 2017, eq. 2).
+
+    Args:
+        d_model: Width of input and output.
+        d_ff: Width in between.
+        dropout: Dropout on the activations.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inner = Linear(d_model, d_ff)
+        self.outer = Linear(d_ff, d_model)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.dropout(F.relu(self.inner(x))))
+
+
+class GELUFeedForward(nn.Module):
+    """GELU(x W1 + b1) W2 + b2 (Hendrycks & Gimpel 2016).
+
+    Args:
+        d_model: Width of input and output.
+        d_ff: Width in between.
+        dropout: Dropout on the activations.
+        approximate: "none" for the exact function (BERT), "tanh" for its approximation (GPT-2).
+    """
+
+    def __init__(
+        self, d_model: int, d_ff: int, dropout: float = 0.0, approximate: str = "none"
+    ) -> None:
+        super().__init__()
+        self.inner = Linear(d_model, d_ff)
+        self.activation = nn.GELU(approximate)
+        self.outer = Linear(d_ff, d_model)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.dropout(self.activation(self.inner(x))))
+
+
+class SwiGLUFeedForward(nn.Module):
+    """(SiLU(x W) * x V) W2, without biases (Shazeer 2020, eq. 6).
+
+    It has three matrices: for the parameter count of the other two, set d_ff to 2/3 of theirs.
+
+    Args:
+        d_model: Width of input and output.
+        d_ff: Width in between.
+        dropout: Dropout on the gated activations.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate = Linear(d_model, d_ff, bias=False)
+        self.inner = Linear(d_model, d_ff, bias=False)
+        self.outer = Linear(d_ff, d_model, bias=False)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.dropout(F.silu(self.gate(x)) * self.inner(x)))

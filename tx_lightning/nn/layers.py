@@ -1,0 +1,155 @@
+"""Encoder and decoder blocks: their forward is their equation.
+
+Shapes: B batch, T target or own length, S source length, D d_model.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from tx_lightning.nn.attention import MultiHeadAttention
+from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.dropout import Dropout
+from tx_lightning.nn.feed_forward import FeedForwardFactory
+from tx_lightning.nn.positions import Positions
+
+NormFactory = Callable[[int], nn.Module]
+
+
+class Residual(nn.Module):
+    """A sublayer with its residual connection, dropout and norm.
+
+    Post-norm is norm(x + dropout(sublayer(x))) (Vaswani et al. 2017, section 3.1); pre-norm is
+    x + dropout(sublayer(norm(x))) (Xiong et al. 2020), which needs a norm after the last layer.
+
+    Args:
+        d_model: Width of the residual stream.
+        norm: Builds the norm from the width.
+        dropout: Dropout on the sublayer's output.
+        pre_norm: Whether the norm stands before the sublayer.
+    """
+
+    def __init__(self, d_model: int, *, norm: NormFactory, dropout: float, pre_norm: bool) -> None:
+        super().__init__()
+        self.norm = norm(d_model)
+        self.dropout = Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre_norm:
+            return x + self.dropout(sublayer(self.norm(x)))
+        return self.norm(x + self.dropout(sublayer(x)))
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, then feed-forward, each in a residual. Also a decoder without a memory.
+
+    Args:
+        d_model: Width of the residual stream.
+        n_heads: Number of attention heads.
+        d_ff: Width of the feed-forward sublayer.
+        dropout: Dropout on each sublayer's output.
+        attention_dropout: Dropout on the attention weights.
+        pre_norm: Whether norms stand before the sublayers.
+        norm: Builds a norm from the width.
+        feed_forward: Builds the feed-forward sublayer from d_model and d_ff.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        *,
+        dropout: float,
+        attention_dropout: float,
+        pre_norm: bool,
+        norm: NormFactory,
+        feed_forward: FeedForwardFactory,
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, n_heads, dropout=attention_dropout)
+        self.feed_forward = feed_forward(d_model, d_ff)
+        self.attention_residual = Residual(d_model, norm=norm, dropout=dropout, pre_norm=pre_norm)
+        self.feed_forward_residual = Residual(
+            d_model, norm=norm, dropout=dropout, pre_norm=pre_norm
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        positions: Positions | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Transform x (B, T, D) -> (B, T, D)."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attention(
+                x, mask=mask, causal=causal, positions=positions, cache=cache
+            )
+
+        x = self.attention_residual(x, attend)
+        return self.feed_forward_residual(x, self.feed_forward)
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention over the encoder's memory, feed-forward.
+
+    Args:
+        d_model: Width of the residual stream.
+        n_heads: Number of attention heads.
+        d_ff: Width of the feed-forward sublayer.
+        dropout: Dropout on each sublayer's output.
+        attention_dropout: Dropout on the attention weights.
+        pre_norm: Whether norms stand before the sublayers.
+        norm: Builds a norm from the width.
+        feed_forward: Builds the feed-forward sublayer from d_model and d_ff.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        *,
+        dropout: float,
+        attention_dropout: float,
+        pre_norm: bool,
+        norm: NormFactory,
+        feed_forward: FeedForwardFactory,
+    ) -> None:
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, n_heads, dropout=attention_dropout)
+        self.cross_attention = MultiHeadAttention(d_model, n_heads, dropout=attention_dropout)
+        self.feed_forward = feed_forward(d_model, d_ff)
+        self.self_residual, self.cross_residual, self.feed_forward_residual = (
+            Residual(d_model, norm=norm, dropout=dropout, pre_norm=pre_norm) for _ in range(3)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | KeyValues,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        memory_mask: Tensor | None = None,
+        positions: Positions | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Transform x (B, T, D) over a memory (B, S, D) -> (B, T, D)."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self.self_attention(
+                x, mask=mask, causal=causal, positions=positions, cache=cache
+            )
+
+        def attend_memory(x: Tensor) -> Tensor:
+            return self.cross_attention(x, memory, mask=memory_mask)
+
+        x = self.self_residual(x, attend)
+        x = self.cross_residual(x, attend_memory)
+        return self.feed_forward_residual(x, self.feed_forward)

@@ -1,0 +1,220 @@
+"""How a Transformer knows the order of its tokens: six schemes behind one interface.
+
+A scheme may act in three places, and each does nothing unless a scheme overrides it: on the
+embeddings (`embed`), on queries and keys (`rotate`), on the attention scores (`bias`). Each stack
+(encoder, decoder) owns one scheme, shared by its layers; cross-attention uses none.
+
+Shapes: B batch, T queries, S keys, D d_model, H heads, K head width. `start` is the position of the
+first token given, which is not 0 when decoding with a cache.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Positions(nn.Module):
+    """No positions at all, and the interface of every scheme.
+
+    Args:
+        d_model: Width of the embeddings.
+        n_heads: Number of attention heads.
+        bidirectional: Whether queries also see later keys (an encoder) or only earlier ones.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:
+        super().__init__()
+        self.d_model = d_model
+        self.n_heads = n_heads
+        self.bidirectional = bidirectional
+
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
+        """Add positions to scaled embeddings: (B, T, D) -> (B, T, D)."""
+        return x
+
+    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        """Turn queries or keys by their position: (B, H, T, K) -> (B, H, T, K)."""
+        return x
+
+    def bias(self, query_length: int, key_length: int) -> Tensor | None:
+        """Return what is added to the scores, (1, H, T, S); the last query is at the last key."""
+        return None
+
+
+PositionsFactory = Callable[[int, int, bool], Positions]
+
+
+class NoPositions(Positions):
+    """No positions at all: an encoder sees a bag of words, a decoder infers order from its mask."""
+
+
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Return the (T, width) table of Vaswani et al. 2017, section 3.5: sines even, cosines odd."""
+    rates = torch.exp(
+        torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width)
+    )
+    angles = positions[:, None] * rates  # (T, width / 2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
+
+
+class SinusoidalPositions(Positions):
+    """Fixed sines and cosines added to the embeddings (Vaswani et al. 2017, section 3.5).
+
+    The table is computed on demand, so there is no longest length and nothing in the checkpoint.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:
+        super().__init__(d_model, n_heads, bidirectional)
+        self._table = torch.empty(0, d_model)
+
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
+        end = start + x.shape[1]
+        if end > self._table.shape[0] or self._table.device != x.device:
+            positions = torch.arange(max(end, 256, 2 * self._table.shape[0]), device=x.device)
+            self._table = sinusoids(positions.float(), self.d_model)
+        return x + self._table[start:end].to(x.dtype)
+
+
+class LearnedPositions(Positions):
+    """One learned vector per position, added to the embeddings (Gehring et al. 2017; GPT; BERT).
+
+    Args:
+        d_model: Width of the embeddings.
+        n_heads: Number of attention heads.
+        bidirectional: Whether queries also see later keys.
+        max_length: Number of positions; a longer sequence is an error.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, bidirectional: bool, max_length: int = 1024
+    ) -> None:
+        super().__init__(d_model, n_heads, bidirectional)
+        self.max_length = max_length
+        self.table = nn.Parameter(torch.empty(max_length, d_model))
+        nn.init.normal_(self.table, std=0.02)
+
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
+        end = start + x.shape[1]
+        if end > self.max_length:
+            raise ValueError(
+                f"a sequence of {end} tokens exceeds max_length={self.max_length} of "
+                "LearnedPositions: raise it, cut the data, or use a scheme without a limit"
+            )
+        return x + self.table[start:end].to(x.dtype)
+
+
+class RotaryPositions(Positions):
+    """Queries and keys turned by an angle proportional to their position (Su et al. 2021, eq. 34).
+
+    Scores then depend on distances only. Pairs are (i, i + K/2), the layout of GPT-NeoX and Llama.
+
+    Args:
+        d_model: Width of the embeddings.
+        n_heads: Number of attention heads; d_model / n_heads must be even.
+        bidirectional: Whether queries also see later keys.
+        base: Wavelengths grow from 2 pi to 2 pi base.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, bidirectional: bool, base: float = 10000.0
+    ) -> None:
+        super().__init__(d_model, n_heads, bidirectional)
+        width = d_model // n_heads
+        if width % 2:
+            raise ValueError(
+                f"rotary positions need an even head width, but d_model={d_model} / "
+                f"n_heads={n_heads} is {width}: change one of them"
+            )
+        self._rates = base ** -(torch.arange(0, width, 2) / width)
+        self._cos = self._sin = torch.empty(0, width)
+
+    def rotate(self, x: Tensor, start: int = 0) -> Tensor:
+        end = start + x.shape[2]
+        if end > self._cos.shape[0] or self._cos.device != x.device:
+            # Made in inference mode, the tables could not be used in training afterwards.
+            with torch.inference_mode(False):
+                positions = torch.arange(max(end, 256, 2 * self._cos.shape[0]), device=x.device)
+                angles = positions[:, None] * self._rates.to(x.device)  # (T, K / 2)
+                self._cos = angles.cos().repeat(1, 2)  # (T, K)
+                self._sin = angles.sin().repeat(1, 2)
+        left, right = x.chunk(2, dim=-1)
+        turned = torch.cat((-right, left), dim=-1)
+        return x * self._cos[start:end].to(x.dtype) + turned * self._sin[start:end].to(x.dtype)
+
+
+def _relative_positions(query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """Return key position minus query position, (T, S); the last query is at the last key."""
+    queries = torch.arange(key_length - query_length, key_length, device=device)
+    return torch.arange(key_length, device=device)[None, :] - queries[:, None]
+
+
+class AlibiPositions(Positions):
+    """A penalty on the scores that grows with distance, a slope per head (Press et al. 2022).
+
+    An encoder uses the symmetric form, -slope * |distance|.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:
+        super().__init__(d_model, n_heads, bidirectional)
+        self.register_buffer("slopes", torch.tensor(_alibi_slopes(n_heads)), persistent=False)
+        self.slopes: Tensor
+
+    def bias(self, query_length: int, key_length: int) -> Tensor:
+        distance = _relative_positions(query_length, key_length, self.slopes.device).abs()
+        return -self.slopes[None, :, None, None] * distance
+
+
+def _alibi_slopes(n_heads: int) -> list[float]:
+    """Return 2^(-8/n), 2^(-16/n), ...; where n is no power of two, as the paper's authors do."""
+    power = 2 ** math.floor(math.log2(n_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    return slopes + [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
+
+
+class T5RelativePositions(Positions):
+    """A learned bias per head and bucket of distances (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets are exact distances, the other half grow logarithmically to max_distance.
+
+    Args:
+        d_model: Width of the embeddings.
+        n_heads: Number of attention heads.
+        bidirectional: Whether queries also see later keys; then half of the buckets are for those.
+        n_buckets: Number of learned biases per head.
+        max_distance: All longer distances share the last bucket.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        bidirectional: bool,
+        n_buckets: int = 32,
+        max_distance: int = 128,
+    ) -> None:
+        super().__init__(d_model, n_heads, bidirectional)
+        self.n_buckets = n_buckets
+        self.max_distance = max_distance
+        self.table = nn.Parameter(torch.empty(n_buckets, n_heads))
+        nn.init.normal_(self.table, std=d_model**-0.5)
+
+    def bias(self, query_length: int, key_length: int) -> Tensor:
+        relative = _relative_positions(query_length, key_length, self.table.device)
+        bias = self.table[self._buckets(relative)]  # (T, S, H)
+        return bias.permute(2, 0, 1)[None]  # -> (1, H, T, S)
+
+    def _buckets(self, relative: Tensor) -> Tensor:
+        n = self.n_buckets
+        offset: Tensor | int = 0
+        if self.bidirectional:
+            n //= 2
+            offset = (relative > 0).long() * n
+            distance = relative.abs()
+        else:
+            distance = (-relative).clamp(min=0)
+        exact = n // 2
+        scale = (n - exact) / math.log(self.max_distance / exact)
+        far = exact + (torch.log(distance.clamp(min=1) / exact) * scale).long()
+        return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
