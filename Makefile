@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WORK := benchmarks/.work
+BASELINES := $(WORK)/joeynmt/.installed $(WORK)/eole/.installed
 
 .PHONY: demo test lint format install clean benchmark
 
@@ -37,6 +39,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV), a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Minutes on a machine with nothing else to do; see benchmarks/README.md.
+benchmark: $(INSTALLED) $(BASELINES)
+	$(BIN)/python benchmarks/fit_overhead.py
+	$(BIN)/python benchmarks/throughput.py \
+		--python joeynmt=$(WORK)/joeynmt/bin/python --python eole=$(WORK)/eole/bin/python
+
+$(WORK)/%/.installed: benchmarks/baselines/%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
 # Keeps runs/, which holds results.

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tx_lightning.data import TranslationData
 from tx_lightning.data.batches import TranslationBatch
+from tx_lightning.data.sampler import TokenBatchSampler
 from tx_lightning.data.tokenizers import PAD
 from tx_lightning.losses import linear_cross_entropy
 from tx_lightning.tasks import Translation
@@ -79,19 +80,21 @@ class BareLoop(Callback):
         """The loop that a person would write without a framework, one step at a time."""
         network = copy.deepcopy(task.network)
         device, clip = task.device, trainer.gradient_clip_val
+        mixed = trainer.precision == "bf16-mixed"
         optimizer = configure_optimizers(network, task.optimizer, None)["optimizer"]
         scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4000))
         data = trainer.datamodule  # type: ignore[attr-defined]  # set when fit begins
         assert isinstance(data, TranslationData)
-        for batch in _batches(data):
+        for batch in batches(data):
             batch = batch.to(device, non_blocking=True)
-            hidden = network.hidden(batch.source, batch.target[:, :-1])
-            labels = batch.target[:, 1:]
-            real = labels != PAD
-            loss = linear_cross_entropy(
-                hidden[real], network.output_weight, labels[real], task.label_smoothing
-            ).loss
-            (loss / batch.step_tokens).backward()  # type: ignore[no-untyped-call]
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                hidden = network.hidden(batch.source, batch.target[:, :-1])
+                labels = batch.target[:, 1:]
+                real = labels != PAD
+                loss = linear_cross_entropy(
+                    hidden[real], network.output_weight, labels[real], task.label_smoothing
+                ).loss
+            (loss / batch.step_tokens).backward()
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
             optimizer.step()
@@ -100,8 +103,11 @@ class BareLoop(Callback):
             yield
 
 
-def _batches(data: TranslationData) -> Iterator[TranslationBatch]:
+def batches(data: TranslationData) -> Iterator[TranslationBatch]:
+    """The training batches of all epochs, in the order of fit."""
     loader = data.train_dataloader()
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, TokenBatchSampler)
     for epoch in itertools.count():
-        loader.batch_sampler.set_epoch(epoch)
+        sampler.set_epoch(epoch)
         yield from loader

@@ -9,6 +9,7 @@ import errno
 import os
 import pickle
 import platform
+import sys
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -80,13 +81,7 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
     except OSError:
         raise
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        if path.stat().st_size and not zipfile.is_zipfile(path) and path.open("rb").read(2) != b"PK":
-            why = "it is not a checkpoint"
-        elif isinstance(error, pickle.UnpicklingError):
-            why = "it holds Python objects besides tensors, so it is not a checkpoint of tx_lightning"
-        else:
-            why = "it is truncated or damaged"
-        raise CheckpointError(f"checkpoint {path} cannot be read: {why}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {_why(path)}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"checkpoint {path} has no 'state_dict': it is not a checkpoint")
     record = checkpoint.get(RECORD)
@@ -100,6 +95,15 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
             f"use tx_lightning {record['versions']['tx_lightning']}, which wrote it"
         )
     return checkpoint
+
+
+def _why(path: Path) -> str:
+    """What is wrong with a file that torch could not load."""
+    if zipfile.is_zipfile(path):
+        return "it is damaged, or holds Python objects besides tensors and so is not ours"
+    with path.open("rb") as file:
+        begun = file.read(2) in (b"PK", b"")  # as the archive that a checkpoint is, or empty
+    return "it is truncated" if begun else "it is not a checkpoint"
 
 
 def load_task(path: str | Path) -> LightningModule:
@@ -121,6 +125,8 @@ def load_task(path: str | Path) -> LightningModule:
         raise CheckpointError(f"checkpoint {path} has no tokenizers: it cannot read or write text")
     task = _instantiate(record["task"], path, record["versions"])
     task.on_load_checkpoint(checkpoint)
+    if isinstance(task, Rebuildable):
+        task.settings = record["task"]
     try:
         task.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
@@ -172,7 +178,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             f"started again from the beginning; the last of them: {faults[-1]}"
         )
     for fault in faults:
-        print(f"passed over: {fault}", flush=True)
+        print(f"passed over: {fault}", file=sys.stderr, flush=True)
     return max(found)[2] if found else None
 
 

@@ -11,12 +11,15 @@ import json
 import logging
 import pkgutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -46,17 +49,6 @@ LINKS = {
 ModelFrom = Literal["agree", "checkpoint", "config"]
 
 
-class Refused(Exception):
-    """The parser does not accept the words."""
-
-
-class Parser(LightningArgumentParser):
-    """Says what is wrong in a few lines, with the nearest valid name, instead of the usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise Refused(message)
-
-
 class CommandLine(LightningCLI):
     """LightningCLI with run folders, resuming, and checkpoints that bring their model section.
 
@@ -81,8 +73,7 @@ class CommandLine(LightningCLI):
                 "use_distributed_sampler": False,
                 "enable_autolog_hparams": False,
             },
-            parser_class=Parser,
-            parser_kwargs={"prog": "tx-lightning"} if run else {},
+            parser_kwargs=_parser_options() if run else {"exit_on_error": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(words),
@@ -148,15 +139,19 @@ class CommandLine(LightningCLI):
         assert isinstance(args, list)
         words = self._with_resumed_run(args)
         values = given(words)
-        self.name = str(values.get("name") or "")
         if self.verb and values.get("ckpt_path"):
             self.checkpoint = Path(values["ckpt_path"])
         if self.resumed:
             self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
-        if self.checkpoint and not _has_class(values, "model"):
+        self._model_from_checkpoint = bool(self.checkpoint) and not _has_class(values, "model")
+        if self._model_from_checkpoint:
             words = [words[0], f"--model={json.dumps(self._recorded_model())}", *words[1:]]
-        self.config = parser.parse_args(words)
-        self._check_links(given(words))
+        try:
+            self.config = parser.parse_args(words)
+        except ArgumentError as error:
+            verb_parser = self._parser(self.verb)
+            raise ConfigurationError(explain(str(error), words, verb_parser)) from error
+        self._check_links(values)
 
     def _with_resumed_run(self, words: list[str]) -> list[str]:
         """Replace `--resume FOLDER` by the configuration of that run."""
@@ -165,7 +160,9 @@ class CommandLine(LightningCLI):
             return words
         self.resumed = Path(folder).absolute()
         if not (self.resumed / CONFIG).is_file():
-            raise ConfigurationError(f"--resume {folder}: there is no {CONFIG}, so it is not a run folder")
+            raise ConfigurationError(
+                f"--resume {folder}: it has no {CONFIG}, so it is no run folder"
+            )
         rest = without_option(words[1:], "resume")
         return ["fit", "--config", str(self.resumed / CONFIG), *rest]
 
@@ -239,7 +236,11 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer in the run's own folder, with what every run has."""
         self.folder = self._make_folder()
-        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        try:
+            # Any: Lightning sets attributes of a trainer where type checkers do not see them.
+            trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigurationError(f"trainer: {' '.join(str(error).split())}") from error
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / CHECKPOINTS)
@@ -254,6 +255,7 @@ class CommandLine(LightningCLI):
         trainer.callbacks.append(GracefulStop(self.folder))
         if self.verb == "predict":
             trainer.callbacks.append(PredictionWriter(self.folder))
+        assert isinstance(trainer, Trainer)
         return trainer
 
     def _make_folder(self) -> Path:
@@ -318,19 +320,33 @@ class CommandLine(LightningCLI):
     def _announce(self) -> None:
         """Say where the run is and how to go on; drop the metrics that will be made again."""
         assert self.folder is not None
+        trainer: Any = self.trainer
         if not is_first_process():
             return
         print(f"run folder: {shown(self.folder)}", flush=True)
-        if self.verb != "fit":
+        if self._model_from_checkpoint:
+            assert self.checkpoint is not None
+            print(f"model section: from checkpoint {shown(self.checkpoint)}", flush=True)
+        if self.verb != "fit" or trainer.fast_dev_run:
             return
         if not self.resumed:
             go_on = f"tx-lightning fit --resume {shown(self.folder)}"
             print(f"after an interruption, go on with: {go_on}", flush=True)
             return
+        step = -1
         if self.checkpoint is None:
             print("no checkpoint was written yet: starting from the beginning", flush=True)
-        step = read_checkpoint(self.checkpoint, lazily=True)["global_step"] if self.checkpoint else -1
+        else:
+            step = read_checkpoint(self.checkpoint, lazily=True)["global_step"]
         MetricsFile(self.folder).rewind(step)
+
+
+def _parser_options() -> dict[str, Any]:
+    """Have the parsers raise what they refuse, so that it can be explained."""
+    options: dict[str, Any] = {
+        verb: {"exit_on_error": False} for verb in LightningCLI.subcommands()
+    }
+    return {"prog": "tx-lightning", "exit_on_error": False, **options}
 
 
 def _has_class(values: dict[str, Any], key: str) -> bool:
@@ -345,6 +361,8 @@ def run(words: Sequence[str]) -> int:
         words: The words of the command, the verb first.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    # Lightning 2.6 with torch 2.13, before every run.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a class of one's own in the folder where one works
     try:
@@ -356,11 +374,12 @@ def run(words: Sequence[str]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        line = one_line(error)
+        refused = isinstance(error, ConfigurationError)
+        line = str(error) if refused else one_line(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
-        return 1
+        return 2 if refused else 1
 
 
 def _dispatch(words: Sequence[str]) -> int:

@@ -71,9 +71,7 @@ def _mapping(path: str) -> Mapping[str, Any]:
     return tree if isinstance(tree, Mapping) else {}
 
 
-def differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any]
-) -> dict[str, tuple[Any, Any]]:
+def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The dotted keys at which two nested mappings differ, with both values (None: absent)."""
     left, right = flat(ours), flat(theirs)
     keys = [*left, *(key for key in right if key not in left)]

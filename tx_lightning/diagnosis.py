@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tx_lightning.configuration import flat, given, options
+from tx_lightning.configuration import given, options
 from tx_lightning.errors import did_you_mean
 
 SEAMS = (LightningModule, LightningDataModule, Callback, Logger, Optimizer, LRScheduler)
 CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 NOISE = re.compile(
     r"Does not validate against any|Subtypes:|Errors:|Given value type:|- Expected a <class 'None"
-    r"|Expected a path but|Subclass types expect|- a class path|- a dict with"
+    r"|Expected a path but|Subclass types expect|- a class path|- a dict with|Given value:"
+    r"|Not a valid subclass"
 )
 MOST_LINES = 6
 
@@ -100,6 +101,12 @@ class _Reader:
     def _read_class(self, path: Path_, value: Mapping[str, Any]) -> None:
         if "class_path" in value:
             self._classes[path] = self._resolve(path, str(value["class_path"]))
+        beside = [str(key) for key in value if key not in CLASS_KEYS]
+        if beside:
+            raise Fault(
+                f"{self._where}: {'.'.join(path)}: '{beside[0]}' stands beside class_path; "
+                "its place is below init_args"
+            )
         arguments = value.get("init_args")
         if isinstance(arguments, Mapping):
             self._read_tree(path, arguments)
@@ -136,11 +143,10 @@ class _Reader:
             module = importlib.import_module(module_name)
         except ImportError as error:
             raise Fault(f"{place}: class_path '{class_path}': {error}") from error
-        names = [key for key, value in vars(module).items() if callable(value)]
-        if name not in names:
-            near = did_you_mean(name, names)
+        if not hasattr(module, name):
+            near = did_you_mean(name, dir(module))
             raise Fault(f"{place}: module '{module_name}' has no class '{name}'{near}")
-        found: Callable[..., Any] = vars(module)[name]
+        found: Callable[..., Any] = getattr(module, name)
         return found
 
 
@@ -184,25 +190,27 @@ def known_classes() -> Iterator[type]:
 
 
 def _descendants(cls: type) -> Iterator[type]:
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         yield child
         yield from _descendants(child)
 
 
 def _shortened(message: str, values: Mapping[str, Any]) -> str:
     """A refusal of the parser without what says nothing."""
-    lines = [line.strip() for line in message.splitlines()]
-    key = re.match(r'Parser key "([^"]*)":\s*(.*)', lines[0])
-    told = [line for line in lines if line and not NOISE.search(line)]
-    if key:
-        told[0] = f"{_full_key(key[1], values)}: {key[2]}".rstrip()
-    subtypes = re.search(r"Subtypes: \[(.*)\]", message)
-    value = re.search(r"Given value: (.*)", message)
-    if key and subtypes and value and "class_path" not in message:
-        kinds = _kinds(subtypes[1])
-        return f"{_full_key(key[1], values)}: {value[1]} is not {' or '.join(kinds)}"
-    told = list(dict.fromkeys(told))[:MOST_LINES]
-    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", "\n  ".join(told))
+    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+        classes = {found.__name__ for found in known_classes()}
+        return f"there is no class '{name[1]}'{did_you_mean(name[1], classes)}"
+    *outer, innermost = re.split(r'Parser key "', message)
+    key, _, told = innermost.partition('":')
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", told, re.MULTILINE)
+    value = re.search(r"(?:Got|Given) value: (.*)", told)
+    if outer and expected and value and "class_path" not in told:
+        kinds = " or ".join(dict.fromkeys(_kind(kind) for kind in expected))
+        return f"{_full_key(key, values)}: {value[1]} is not {kinds}"
+    lines = [line.strip() for line in message.splitlines() if not NOISE.search(line)]
+    told_lines = [re.sub(r'Parser key "(.*)":', r"\1:", line) for line in lines if line]
+    return "\n  ".join(list(dict.fromkeys(told_lines))[:MOST_LINES])
 
 
 def _full_key(key: str, values: Mapping[str, Any]) -> str:
@@ -211,7 +219,7 @@ def _full_key(key: str, values: Mapping[str, Any]) -> str:
     return found[-1] if len(found) == 1 else key
 
 
-def _kinds(subtypes: str) -> Iterable[str]:
-    for part in re.split(r", (?![^\[]*\])", subtypes):
-        name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", part)
-        yield "null" if name == "NoneType" else name
+def _kind(expected: str) -> str:
+    """A type as one reads it."""
+    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", expected)
+    return re.sub(r"(?:typing\.)?Literal\[(.*)\]", r"one of \1", name).replace("NoneType", "null")

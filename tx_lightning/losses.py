@@ -16,7 +16,7 @@ _CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
 class TokenLoss(NamedTuple):
-    """Sums over N tokens, float32 scalars.
+    """Sums over N tokens, float32 scalars (float64 for float64 input).
 
     Attributes:
         loss: Label-smoothed cross-entropy, in nats; this is what is trained on.
@@ -43,6 +43,8 @@ def linear_cross_entropy(
         targets: (N,) ids; no padding among them.
         label_smoothing: Between 0 and 1.
     """
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # or their gradients would be computed
     sums = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing)  # type: ignore[no-untyped-call]
     return TokenLoss(*sums)
 
@@ -65,15 +67,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _CHUNK_LOGITS.get(device, 1 << 27) // weight.shape[0])
         uniform = label_smoothing / weight.shape[0]
         needs_grad = any(ctx.needs_input_grad[:2])
+        wide = torch.promote_types(h.dtype, torch.float32)
         grad_h = torch.empty_like(h) if needs_grad else None
-        grad_w = torch.zeros_like(w, dtype=torch.float32) if needs_grad else None
-        nll = torch.zeros((), device=hidden.device)
-        all_nll = torch.zeros((), device=hidden.device)  # summed over the whole vocabulary
+        grad_w = torch.zeros_like(w, dtype=wide) if needs_grad else None
+        nll = torch.zeros((), device=hidden.device, dtype=wide)
+        all_nll = torch.zeros_like(nll)  # summed over the whole vocabulary
         with torch.autocast(device, enabled=False):
             for chunk in range(0, len(targets), rows):
                 part = slice(chunk, chunk + rows)
                 target = targets[part, None]
-                log_p = _matmul_transposed(h[part], w).float().log_softmax(dim=-1)  # (rows, V)
+                log_p = _matmul_transposed(h[part], w).log_softmax(dim=-1, dtype=wide)  # (rows, V)
                 nll -= log_p.gather(1, target).sum()
                 if label_smoothing:
                     all_nll -= log_p.sum()
@@ -86,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_w += _matmul_transposed(h[part].t(), p.t()).t()
             if grad_h is not None and grad_w is not None and label_smoothing:
                 grad_h -= uniform * w.sum(0)
-                grad_w -= uniform * h.sum(0, dtype=torch.float32)
+                grad_w -= uniform * h.sum(0, dtype=wide)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(nll)

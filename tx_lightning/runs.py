@@ -8,9 +8,10 @@ import os
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from lightning.fabric.plugins.environments import ClusterEnvironment
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from torch.distributed import TCPStore
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in its __all__
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"

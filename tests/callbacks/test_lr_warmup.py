@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim import SGD, Optimizer, lr_scheduler
@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tx_lightning.callbacks import LRWarmup
 from tx_lightning.schedules import InverseSquareRoot
+
+# The data is constant: it does not matter where its loader goes on.
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
 
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
@@ -95,7 +98,7 @@ def fit(
         callbacks=list(callbacks),
         logger=logger or False,
         log_every_n_steps=1,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -105,8 +108,14 @@ def fit(
     return trainer
 
 
-def saving(folder: Path, every: int) -> ModelCheckpoint:
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=every, save_top_k=-1)
+class SaveAt(Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step = step
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
 
 
 def scheduled(factory: SchedulerFactory | None, steps: int = 12) -> list[float]:
@@ -166,21 +175,19 @@ def test_the_unit_is_the_optimizer_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [3, 5, 8])  # within the warmup, at its end, after it
 @pytest.mark.parametrize("name", ["inverse square root", "exponential", "cosine"])
 def test_resume_goes_on_as_if_never_stopped(name: str, stop: int, tmp_path: Path) -> None:
+    path = tmp_path / "stop.ckpt"
     whole = Slope(SCHEDULERS[name])
-    fit(tmp_path, whole, LRWarmup(5))
-    fit(tmp_path, Slope(SCHEDULERS[name]), saving(tmp_path / "1", stop), LRWarmup(5), steps=10)
+    fit(tmp_path, whole, SaveAt(stop, path), LRWarmup(5))
     resumed = Slope(SCHEDULERS[name])
-    path = tmp_path / "1" / f"step={stop}.ckpt"
-    fit(tmp_path, resumed, saving(tmp_path / "2", stop), LRWarmup(5), ckpt_path=path)
+    fit(tmp_path, resumed, LRWarmup(5), ckpt_path=path)
     assert resumed.used == pytest.approx(whole.used[stop:], rel=1e-12)
 
 
 def test_resume_with_another_warmup_keeps_the_schedule(tmp_path: Path) -> None:
-    first = Slope(SCHEDULERS["exponential"])
-    fit(tmp_path, first, saving(tmp_path / "1", 3), LRWarmup(5), steps=4)
+    path = tmp_path / "stop.ckpt"
+    fit(tmp_path, Slope(SCHEDULERS["exponential"]), LRWarmup(5), SaveAt(3, path), steps=4)
     resumed = Slope(SCHEDULERS["exponential"])
-    path = tmp_path / "1" / "step=3.ckpt"
-    fit(tmp_path, resumed, saving(tmp_path / "2", 3), LRWarmup(0), ckpt_path=path)
+    fit(tmp_path, resumed, LRWarmup(0), ckpt_path=path)
     assert resumed.used == pytest.approx(scheduled(SCHEDULERS["exponential"])[3:])
 
 
@@ -234,6 +241,19 @@ def test_an_interrupted_fit_leaves_schedule_and_module_clean(tmp_path: Path) -> 
     fit(tmp_path, module, LRWarmup(5), steps=3)
     assert "lr_scheduler_step" not in vars(module)
     assert module.used == pytest.approx(warmed(scheduled(SCHEDULERS["exponential"], 3), 5))
+
+
+def test_a_failure_before_training_is_not_hidden(tmp_path: Path) -> None:
+    class Failure(Callback):
+        def on_fit_start(self, *_: Any) -> None:
+            raise RuntimeError("early")
+
+    path = tmp_path / "stop.ckpt"
+    warmup = LRWarmup(5)
+    fit(tmp_path, Slope(SCHEDULERS["exponential"]), LRWarmup(5), SaveAt(3, path), steps=4)
+    with pytest.raises(RuntimeError, match="early"):
+        fit(tmp_path, Slope(SCHEDULERS["exponential"]), warmup, Failure(), ckpt_path=path)
+    assert warmup.state_dict() == {"scheduled": None}
 
 
 def test_negative_steps_are_refused() -> None:

@@ -73,7 +73,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, no data folder, no proxy."""
     monkeypatch.setenv("TX_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TX_LIGHTNING_DATA", raising=False)
@@ -96,23 +96,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files if path.parent.name != "sha256"}
 
 
-def test_files_are_downloaded_once(server: Server, cache: Path) -> None:
+def test_files_are_downloaded_once(server: Server, cache_dir: Path) -> None:
     files = RemoteFiles("corpus", server.url, SHA256)
     assert files.find("a.txt") is None
-    assert files.fetch(["a.txt", "b.txt"]) == [cache / "corpus/a.txt", cache / "corpus/b.txt"]
-    assert contents(cache) == CONTENT
-    assert files.fetch(["b.txt", "a.txt"]) == [cache / "corpus/b.txt", cache / "corpus/a.txt"]
+    assert files.fetch(["a.txt", "b.txt"]) == [
+        cache_dir / "corpus/a.txt",
+        cache_dir / "corpus/b.txt",
+    ]
+    assert contents(cache_dir) == CONTENT
+    assert files.fetch(["b.txt", "a.txt"]) == [
+        cache_dir / "corpus/b.txt",
+        cache_dir / "corpus/a.txt",
+    ]
     assert server.requests == ["a.txt", "b.txt"]
-    assert files.local("a.txt") == cache / "corpus/a.txt"
+    assert files.local("a.txt") == cache_dir / "corpus/a.txt"
 
 
-def test_only_what_is_asked_for_is_downloaded(server: Server, cache: Path) -> None:
+def test_only_what_is_asked_for_is_downloaded(server: Server, cache_dir: Path) -> None:
     RemoteFiles("corpus", server.url + "/", SHA256).fetch(["b.txt"])
-    assert contents(cache) == {"b.txt": CONTENT["b.txt"]}
+    assert contents(cache_dir) == {"b.txt": CONTENT["b.txt"]}
 
 
 def test_the_data_folder_comes_before_cache_and_network(
-    server: Server, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = RemoteFiles("corpus", server.url, SHA256)
     files.fetch(["a.txt", "b.txt"])
@@ -120,47 +126,47 @@ def test_the_data_folder_comes_before_cache_and_network(
     own.parent.mkdir(parents=True)
     own.write_bytes(CONTENT["a.txt"])
     monkeypatch.setenv("TX_LIGHTNING_DATA", str(tmp_path / "data"))
-    assert files.fetch(["a.txt", "b.txt"]) == [own, cache / "corpus/b.txt"]
+    assert files.fetch(["a.txt", "b.txt"]) == [own, cache_dir / "corpus/b.txt"]
 
 
-def test_a_download_with_the_wrong_checksum_is_not_kept(server: Server, cache: Path) -> None:
+def test_a_download_with_the_wrong_checksum_is_not_kept(server: Server, cache_dir: Path) -> None:
     server.files["b.txt"] = b"<html>please log in</html>"
     files = RemoteFiles("corpus", server.url, SHA256)
     message = refusal(lambda: files.fetch(["a.txt", "b.txt"]))
     assert message.startswith(f"{server.url}/b.txt is not the file that was published, its SHA-256")
     assert SHA256["b.txt"] in message
-    assert f"put b.txt from {server.url} into {cache}/corpus or into" in message
-    assert contents(cache) == {"a.txt": CONTENT["a.txt"]}  # what was right is not lost
+    assert f"put b.txt from {server.url} into {cache_dir}/corpus or into" in message
+    assert contents(cache_dir) == {"a.txt": CONTENT["a.txt"]}  # what was right is not lost
 
 
-def test_a_download_cut_in_half_is_not_kept(server: Server, cache: Path) -> None:
+def test_a_download_cut_in_half_is_not_kept(server: Server, cache_dir: Path) -> None:
     server.cut.add("a.txt")
     files = RemoteFiles("corpus", server.url, SHA256)
     message = refusal(lambda: files.fetch(["a.txt"]))
     assert message.startswith(f"cannot download {server.url}/a.txt (the connection was cut); try")
-    assert contents(cache) == {}
+    assert contents(cache_dir) == {}
     server.cut.clear()
-    assert files.fetch(["a.txt"]) == [cache / "corpus/a.txt"]
+    assert files.fetch(["a.txt"]) == [cache_dir / "corpus/a.txt"]
 
 
-def test_a_file_the_server_does_not_have(server: Server, cache: Path) -> None:
+def test_a_file_the_server_does_not_have(server: Server, cache_dir: Path) -> None:
     del server.files["a.txt"]
     message = refusal(lambda: RemoteFiles("corpus", server.url, SHA256).fetch(["a.txt"]))
     assert message.startswith(
         f"cannot download {server.url}/a.txt (HTTP status 404); try again, or"
     )
-    assert contents(cache) == {}
+    assert contents(cache_dir) == {}
 
 
-def test_no_network_says_which_files_to_put_where(cache: Path, tmp_path: Path) -> None:
+def test_no_network_says_which_files_to_put_where(cache_dir: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     assert refusal(lambda: RemoteFiles("corpus", url, SHA256).fetch(["b.txt", "a.txt"])) == (
         f"cannot download {url}/b.txt (no connection); try again, or put b.txt, a.txt from {url} "
-        f"into {cache}/corpus or into the folder corpus of $TX_LIGHTNING_DATA"
+        f"into {cache_dir}/corpus or into the folder corpus of $TX_LIGHTNING_DATA"
     )
-    assert contents(cache) == {}
+    assert contents(cache_dir) == {}
 
 
 def test_an_address_that_is_none_is_said() -> None:
@@ -187,7 +193,7 @@ def test_a_damaged_local_file_is_refused_and_left_alone(
 
 
 def test_a_full_disk_keeps_nothing(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: pooch.HTTPDownloader, url: str, output_file: str, pooch: None) -> None:
         Path(output_file).write_bytes(b"half")
@@ -195,20 +201,20 @@ def test_a_full_disk_keeps_nothing(
 
     monkeypatch.setattr(pooch.HTTPDownloader, "__call__", full)
     message = refusal(lambda: RemoteFiles("corpus", server.url, SHA256).fetch(["a.txt"]))
-    assert message == f"cannot write {cache}/corpus/a.txt: No space left on device"
-    assert contents(cache) == {}
+    assert message == f"cannot write {cache_dir}/corpus/a.txt: No space left on device"
+    assert contents(cache_dir) == {}
 
 
-def test_a_cache_that_cannot_be_written_is_said(server: Server, cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
+def test_a_cache_that_cannot_be_written_is_said(server: Server, cache_dir: Path) -> None:
+    cache_dir.write_text("a file where the folder should be")
     message = refusal(lambda: RemoteFiles("corpus", server.url, SHA256).fetch(["a.txt"]))
-    assert message == f"cannot write {cache}/corpus/a.txt: Not a directory"
+    assert message == f"cannot write {cache_dir}/corpus/a.txt: Not a directory"
 
 
-def test_a_file_that_was_not_fetched_is_said(cache: Path) -> None:
+def test_a_file_that_was_not_fetched_is_said(cache_dir: Path) -> None:
     files = RemoteFiles("corpus", "http://127.0.0.1/corpus", SHA256)
     assert refusal(lambda: files.local("a.txt")).startswith(
-        f"there is no corpus/a.txt here; try again, or put a.txt from {files.url} into {cache}"
+        f"there is no corpus/a.txt here; try again, or put a.txt from {files.url} into {cache_dir}"
     )
 
 

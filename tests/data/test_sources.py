@@ -17,6 +17,8 @@ from tx_lightning.data.errors import listed
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.huggingface import HuggingFacePairs
 from tx_lightning.data.sources import TSV, DataError, JSONLines, ParallelSource, TextPairs
+from tx_lightning.data.store import PairFilter, PairStore, write_pairs
+from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizers
 
 PAIRS = [("one", "eins"), ("", "zwei"), ("three  four", "")]
 
@@ -118,6 +120,22 @@ def test_different_line_counts_are_both_said() -> None:
     assert refusal(lambda: list(source.pairs("train"))).startswith(
         "a.en has 3 lines but a.de has 5:"
     )
+
+
+def test_the_training_filter_drops_a_line_of_a_million_characters(tmp_path: Path) -> None:
+    short = "".join(f"sentence {n}\n" for n in range(9))
+    source = TextPairs(
+        train=(write("a.en", f"{short}{'x' * 1_000_000}\n"), write("a.de", f"{short}ten\n"))
+    )
+    tokenizer = ByteLevelBPE().train([short], 300)
+    folder = tmp_path / "store"
+    folder.mkdir()
+    write_pairs(
+        folder, source.pairs("train"), Tokenizers(tokenizer, tokenizer), PairFilter(max_length=50)
+    )
+    store = PairStore(folder)
+    assert len(store) == 9
+    assert store.counts.dropped == {"empty": 0, "too_long": 1, "ratio": 0}
 
 
 # TSV

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end training at a step boundary, with a checkpoint and the command to go on."""
+"""Ctrl-C and SIGTERM end training at a step boundary, with a checkpoint and how to go on."""
 
 import signal
 import sys
@@ -44,6 +44,10 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen()
+        loop = trainer.fit_loop.epoch_loop
+        if hasattr(loop, "_broadcast_sigterm_tensor"):
+            # Lightning asks all processes before every batch, more than a millisecond each.
+            loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -95,3 +99,7 @@ class GracefulStop(Callback):
         if not trainer.sanity_checking:
             trainer.save_checkpoint(self.checkpoint)
         raise Interrupted(self._asked or signal.SIGTERM)
+
+
+def _nothing() -> None:
+    """What is left to do where GracefulStop has agreed already."""

@@ -59,14 +59,12 @@ class LRWarmup(Callback):
             self._release(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._cool(trainer)
-        self._release(pl_module)
+        self._stop(trainer, pl_module)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._cool(trainer)
-        self._release(pl_module)
+        self._stop(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the schedule's rates, which the checkpoint's optimizer does not hold."""
@@ -90,8 +88,14 @@ class LRWarmup(Callback):
             _write(trainer, self._scheduled)
             self._scheduled = None
 
-    def _release(self, pl_module: LightningModule) -> None:
-        vars(pl_module).pop("lr_scheduler_step", None)
+    def _release(self, pl_module: LightningModule) -> bool:
+        """Give the module its own method back; return whether it was replaced."""
+        return vars(pl_module).pop("lr_scheduler_step", None) is not None
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._release(pl_module):
+            self._cool(trainer)
+        self._scheduled = None
 
 
 def _read(trainer: Trainer) -> Rates:

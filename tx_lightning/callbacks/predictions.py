@@ -22,8 +22,9 @@ class PredictionWriter(Callback):
     """Writes `predictions/hypotheses.txt`, and `n_best.tsv` where there is more than one each.
 
     `predict_step` has to return, for each example of the batch, its position in the input and its
-    hypotheses, the best first. Line i of `hypotheses.txt` belongs to input i. A line of `n_best.tsv` is the number of the input (from
-    1), the score and the text. Each process appends to a file of its own; the first merges them.
+    hypotheses, the best first. Line i of `hypotheses.txt` belongs to input i. A line of
+    `n_best.tsv` is the number of the input (from 1), the score and the text. Each process appends
+    to a file of its own; the first merges them.
 
     Args:
         folder: The run folder.

@@ -61,10 +61,9 @@ class RunRecord(Callback):
             return
         record = dict(self.config)
         record["n_parameters"] = sum(p.numel() for p in pl_module.parameters())
-        # Lightning types the datamodule of a trainer as a property that may be absent.
-        datamodule: object = trainer.datamodule
-        if isinstance(datamodule, HasStatistics):
-            record["data_statistics"] = datamodule.statistics
+        untyped: Any = trainer  # Lightning sets these attributes of a trainer elsewhere
+        if isinstance(untyped.datamodule, HasStatistics):
+            record["data_statistics"] = untyped.datamodule.statistics
         for metric in pl_module.modules():
             if isinstance(metric, CorpusBLEU):
                 record["bleu_signature"] = metric.signature

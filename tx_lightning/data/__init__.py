@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tx_lightning.data.batches import TranslationBatch
     from tx_lightning.data.errors import DataError
+    from tx_lightning.data.grammar import Grammar
     from tx_lightning.data.huggingface import HuggingFacePairs
     from tx_lightning.data.multi30k import Multi30k
     from tx_lightning.data.sources import TSV, JSONLines, ParallelSource, TextPairs
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "batches": ["TranslationBatch"],
     "errors": ["DataError"],
+    "grammar": ["Grammar"],
     "huggingface": ["HuggingFacePairs"],
     "multi30k": ["Multi30k"],
     "sources": ["TSV", "JSONLines", "ParallelSource", "TextPairs"],
@@ -38,6 +40,7 @@ __all__ = [
     "ByteLevelBPE",
     "Characters",
     "DataError",
+    "Grammar",
     "HuggingFacePairs",
     "JSONLines",
     "Multi30k",

@@ -1,9 +1,10 @@
 """A loader of batches that Lightning can stop anywhere and resume exactly there."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader
 
 from tx_lightning.data.batches import PairBatches, TranslationBatch, as_collated
@@ -38,7 +39,6 @@ class BatchLoader:
             collate_fn=as_collated,  # type: ignore[arg-type]
             num_workers=num_workers,
             pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
             # Otherwise each pass would draw from the global generator.
             generator=torch.Generator(),
         )
@@ -47,20 +47,27 @@ class BatchLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[TranslationBatch]:
-        """Lazy: workers start with the first batch asked for, when the epoch is known."""
+        """Lazy: workers start with the first batch asked for, when the epoch is known.
+
+        They end with the pass, so that none is left when a run is stopped.
+        """
         yield from self._loader
 
 
 class ResumableLoader(BatchLoader):
-    """The training loader; Lightning keeps its state in the checkpoint.
+    """The training loader of a `Trainer`, which keeps the loader's state in the checkpoint.
+
+    The state is an epoch and a number of optimizer steps, so it means the same on every rank and
+    for any split of a step into micro-batches. A run that was stopped within a step, its gradients
+    half accumulated, takes that step from its start.
 
     Args:
         data: Makes a batch of each share.
         sampler: Gives the shares.
         num_workers: Worker processes; 0 prepares batches in this process.
         pin_memory: Copy batches to page-locked memory, for faster transfer to a GPU.
-        done: Tells how many micro-batches of this epoch the training is done with. That is less
-            than the loader has handed out, whenever it runs ahead or a step failed.
+        trainer: Knows how many batches it is done with. That is less than the loader has handed
+            out, whenever workers run ahead or a step failed.
     """
 
     batch_sampler: TokenBatchSampler
@@ -72,18 +79,30 @@ class ResumableLoader(BatchLoader):
         *,
         num_workers: int,
         pin_memory: bool,
-        done: Callable[[], int],
+        trainer: Trainer,
     ) -> None:
         super().__init__(data, sampler, num_workers=num_workers, pin_memory=pin_memory)
-        self._done = done
+        self._trainer = trainer
 
-    def state_dict(self) -> dict[str, Any]:
-        """Position in the order of training; the same on every rank."""
-        return {"epoch": self.batch_sampler.epoch, "done": self._done()}
+    def state_dict(self) -> dict[str, int]:
+        """Position in the order of training."""
+        sampler = self.batch_sampler
+        return {"epoch": sampler.epoch, "steps": self._done().processed // sampler.accumulate}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position; a finished epoch continues with the next."""
-        sampler, epoch, done = self.batch_sampler, state["epoch"], state["done"]
-        finished = done >= len(sampler)
-        sampler.set_epoch(epoch + 1 if finished else epoch)
-        sampler.start = 0 if finished else done
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the position; after the end of an epoch Lightning sets the next."""
+        sampler, done = self.batch_sampler, self._done()
+        sampler.set_epoch(state["epoch"])
+        position = state["steps"] * sampler.accumulate
+        shift = position - done.processed  # Stopped within a step, or steps are split differently.
+        done.ready += shift
+        done.started += shift
+        done.processed += shift
+        done.completed += shift
+        sampler.start = position
+
+    def _done(self) -> _ProcessedTracker:
+        """The trainer's count of micro-batches in this epoch."""
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
+        assert isinstance(progress, _ProcessedTracker)
+        return progress

@@ -174,7 +174,9 @@ class TokenBatchSampler(Sampler[Share]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
+        """Choose the order of the next pass; one of another epoch begins at its start."""
+        if epoch != self.epoch:
+            self.start = 0
         self.epoch = epoch
 
     def plan(self) -> Plan:

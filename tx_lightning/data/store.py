@@ -337,8 +337,8 @@ def _explained(error: OSError, cache: Path) -> Exception:
             f"cache_dir: no space left while writing to {cache}; nothing half-written was kept: "
             f"{advice}"
         )
-    in_cache = error.filename is not None and Path(error.filename).is_relative_to(cache)
-    if in_cache or str(error.filename) in map(str, cache.parents):
+    where = Path(str(error.filename))
+    if where.is_relative_to(cache) or cache.is_relative_to(where):
         return CacheError(f"cache_dir: {cache} cannot be written ({error.strerror}); {advice}")
     return error
 

@@ -172,14 +172,17 @@ class TranslationData(LightningDataModule):
                 self.predict_store = self.test_store
         self.statistics |= self._describe(stores)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> BatchLoader:
         """Micro-batches of this rank; the order is that of (seed, epoch)."""
+        data, sampler = PairBatches(self.train_store, with_text=False), self._train_sampler()
+        if self.trainer is None:
+            return BatchLoader(data, sampler, num_workers=self.num_workers, pin_memory=False)
         return ResumableLoader(
-            PairBatches(self.train_store, with_text=False),
-            self._train_sampler(),
+            data,
+            sampler,
             num_workers=self.num_workers,
             pin_memory=self._on_gpu(),
-            done=self._micro_batches_done,
+            trainer=self.trainer,
         )
 
     def val_dataloader(self) -> BatchLoader:
@@ -312,10 +315,11 @@ class TranslationData(LightningDataModule):
         """Ranks on machines with caches of their own may have learned different vocabularies."""
         assert self.trainer is not None
         ours = self._sha256(self.tokenizers)
-        if self.trainer.strategy.broadcast(ours) != ours:
+        same = self.trainer.strategy.broadcast(ours) == ours
+        if not self.trainer.strategy.reduce_boolean_decision(same):  # Raise on all ranks or none.
             raise DataError(
-                f"cache_dir: the tokenizer in {self.cache} differs from that of rank 0; set "
-                "cache_dir to a folder that all machines share, or copy that of rank 0"
+                f"cache_dir: not all machines have the same tokenizer in {self.cache}; set cache_dir to "
+                "a folder that they share, or copy that of rank 0"
             )
 
     def _check_train_store(self) -> None:
@@ -380,12 +384,6 @@ class TranslationData(LightningDataModule):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-    def _micro_batches_done(self) -> int:
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return int(progress.current.processed)  # type: ignore[attr-defined]
 
 
 def _check_at_least(name: str, value: float, least: int) -> None:

@@ -153,7 +153,8 @@ def _relative_positions(query_length: int, key_length: int, device: torch.device
 class AlibiPositions(Positions):
     """A penalty on the scores that grows with distance, a slope per head (Press et al. 2022).
 
-    An encoder uses the symmetric form, -slope * |distance|.
+    An encoder uses the symmetric form, -slope * |distance|. It sees no difference between a
+    sequence and its mirror image; the end-of-sequence token, always last, is what tells them apart.
     """
 
     def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:

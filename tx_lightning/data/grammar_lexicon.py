@@ -1,18 +1,4 @@
-"""The rules of the embedded language: about 200 German and 200 English words, and the numbers.
-
-Noun phrases have gender, case and adjective endings; main clauses are verb-second, subordinate
-clauses verb-final; verbs may be separable, stand in the perfect, govern the accusative or the
-dative. Every clause has a positive or a negative verb, and negation turns it around.
-
-Two things keep the translation unique: a German sentence never has two readings, and an English
-sentence has one tree. One English sentence may have two German ones, as German may put an object
-first whose case shows on the article ("Dem Kind hilft die Frau").
-"""
-
-from collections.abc import Iterator
-from typing import NamedTuple
-
-from tx_lightning.data.synchronous_grammar import Rule
+"""The words of the embedded language: about 200 German and 150 English ones, and the numbers."""
 
 GENDERS = ("m", "f", "n", "pl")
 CASES = ("nom", "acc", "dat")
@@ -87,14 +73,14 @@ STRONG = {"pl": "e e en"}
 
 # The determiners of a kind of noun phrase with weight and endings.
 DETERMINATION = {
-    "definite": [
+    "Definite": [
         (3, "the", WEAK),
         (1, "this", WEAK),
         (1, "these", WEAK),
         (1, "my", MIXED),
     ],
-    "indefinite": [(1, "a", MIXED)],
-    "no": [(1, "no", MIXED)],
+    "Indefinite": [(1, "a", MIXED)],
+    "No": [(1, "no", MIXED)],
 }
 
 SUBJECT_PRONOUNS = {"sg": ["er he", "sie she"], "pl": ["wir we", "sie they"]}
@@ -178,38 +164,4 @@ def number_words(n: int) -> tuple[str, str]:
     german_unit, english_unit = small[n % 10 - 1].split()
     return f"{german_unit.removesuffix('s') if n % 10 == 1 else german_unit}und{german}", (
         f"{english}-{english_unit}"
-    )
-
-
-def rules() -> list[Rule]:
-    """All rules; the symbol of a sentence is "Sentence"."""
-    return [
-        *_sentences(),
-        *_clauses(),
-        *_relative_clauses(),
-        *_subjects(),
-        *_objects(),
-        *_noun_phrases(),
-        *_words(),
-    ]
-
-
-# Sentences
-
-
-def _sentences() -> Iterator[Rule]:
-    def sentence(weight: float, german: str, english: str, **children: str) -> Rule:
-        return Rule("Sentence", weight, {"german": german, "english": english}, children)
-
-    main, timed = "{clause.main}", "{clause.adverb_first}"
-    reason = {"clause": "AnyClause", "reason": "Reason"}
-    yield sentence(4, main, "{clause.english}", clause="Clause")
-    yield sentence(2, main, "{clause.english}", clause="TimedClause")
-    yield sentence(2, timed, "{clause.english_adverb_first}", clause="TimedClause")
-    yield sentence(1, f"{main} , {{reason.german}}", "{clause.english} {reason.english}", **reason)
-    yield sentence(
-        1,
-        "{reason.german} , {clause.inverted}",
-        "{reason.english} , {clause.english}",
-        **reason,
     )

@@ -1,0 +1,123 @@
+"""`linear` is torch.nn.functional.linear with all its gradients, whichever kernel does the work."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tx_lightning.nn import linear as module
+from tx_lightning.nn.linear import Linear, linear, matmul_transposed
+
+SHAPES = [(6,), (5, 6), (1, 6), (2, 3, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)]
+
+
+def run(
+    function: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> list[Tensor]:
+    """Return the output and the gradients of a loss that weighs each of its elements."""
+    inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = function(inputs[0], inputs[1], inputs[2] if bias is not None else None)
+    factors = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y, *torch.autograd.grad((y * factors).sum(), inputs)]
+
+
+@pytest.fixture
+def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calling the oneDNN product becomes an error."""
+    monkeypatch.setattr(module, "_OneDNNLinear", None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
+    x, weight = torch.randn(shape), torch.randn(7, 6)
+    b = torch.randn(7) if bias else None
+    torch.testing.assert_close(run(linear, x, weight, b), run(F.linear, x, weight, b))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(3, 6, 2).transpose(1, 2), torch.randn(4, 12)[:, ::2], torch.randn(6).expand(4, 6)],
+    ids=["transposed", "strided", "expanded"],
+)
+def test_equals_torch_on_input_that_is_not_contiguous(x: Tensor) -> None:
+    weight, bias = torch.randn(12, 6)[::2], torch.randn(6)
+    torch.testing.assert_close(run(linear, x, weight, bias), run(F.linear, x, weight, bias))
+
+
+def test_gradient_that_is_not_contiguous() -> None:
+    x, weight = torch.randn(4, 6), torch.randn(7, 6)
+    grad = torch.ones(1).expand(4, 7)  # what .sum() sends back
+    for function in (linear, F.linear):
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        function(a, w).backward(grad)
+        assert a.grad is not None
+        assert w.grad is not None
+        torch.testing.assert_close(a.grad, weight.sum(0).expand(4, 6))
+        torch.testing.assert_close(w.grad, x.sum(0).expand(7, 6))
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
+    tensors = {"x": torch.randn(4, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name != frozen)
+    linear(**tensors).square().sum().backward()
+    assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
+
+
+@pytest.mark.skipif(not module._ONEDNN, reason="this CPU has no AVX-512")
+def test_float32_takes_the_fast_path(no_onednn: None) -> None:
+    with pytest.raises(AttributeError):
+        linear(torch.randn(4, 6), torch.randn(7, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_fall_back(dtype: torch.dtype, no_onednn: None) -> None:
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((4, 6), (7, 6), (7,)))
+    ours, theirs = run(linear, x, weight, bias), run(F.linear, x, weight, bias)
+    assert ours[0].dtype == dtype
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_autocast_falls_back(no_onednn: None) -> None:
+    x, weight = torch.randn(4, 6), torch.randn(7, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), F.linear(x, weight), rtol=0.05, atol=0.1)
+
+
+def test_cpus_without_onednn_fall_back(monkeypatch: pytest.MonkeyPatch, no_onednn: None) -> None:
+    monkeypatch.setattr(module, "_ONEDNN", False)
+    a, b = torch.randn(4, 6), torch.randn(7, 6)
+    torch.testing.assert_close(linear(a, b), a @ b.t())
+    torch.testing.assert_close(matmul_transposed(a, b), a @ b.t())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_matmul_transposed_of_transposed_matrices(grad: bool) -> None:
+    a, b = torch.randn(6, 4).t(), torch.randn(6, 7).t()
+    with nullcontext() if grad else torch.inference_mode():
+        torch.testing.assert_close(matmul_transposed(a, b), a @ b.t())
+
+
+def test_xavier_uniform_with_zero_bias() -> None:
+    layer = Linear(200, 100)
+    bound = math.sqrt(6 / (200 + 100))
+    assert 0.99 * bound < layer.weight.abs().max().item() <= bound
+    assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    assert layer.bias.count_nonzero() == 0
+    assert Linear(3, 2, bias=False).bias is None
+
+
+def test_layer_applies_linear() -> None:
+    layer, x = Linear(6, 7), torch.randn(2, 3, 6)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))

@@ -1,0 +1,74 @@
+"""A task and data so small that a run takes no time; class paths in tests name them."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, TensorDataset
+
+from tx_lightning.checkpoints import checkpoint_record
+from tx_lightning.metrics import CorpusBLEU
+
+
+class TinyTask(LightningModule):
+    """Pulls a linear layer to zero.
+
+    Args:
+        vocab_size: Outputs.
+        dim: Inputs.
+        lr: Learning rate.
+    """
+
+    def __init__(self, vocab_size: int, dim: int = 4, lr: float = 0.1) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"dim={dim} must be even")
+        self.settings: dict[str, Any] | None = None
+        self.tokenizers: dict[str, str] | None = {"source": "{}", "target": "{}"}
+        self.lr = lr
+        self.layer = nn.Linear(dim, vocab_size)
+        self.scores = CorpusBLEU()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.layer(batch[0]).square().mean()
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.layer(batch[0]).square().mean())
+        self.log("val/bleu", float(min(self.trainer.global_step, 30)))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test/loss", self.layer(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=self.lr)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tx_lightning"] = checkpoint_record(self.settings, self.tokenizers)
+
+
+class TinyData(LightningDataModule):
+    """The same few random rows for every split.
+
+    Args:
+        vocab_size: What the task's follows.
+        seed: What `seed_everything` sets.
+        batches: Rows, one a batch.
+    """
+
+    def __init__(self, vocab_size: int = 6, seed: int = 0, batches: int = 10) -> None:
+        super().__init__()
+        self.batches = batches
+        self.statistics: dict[str, int | float | str] = {"pairs": batches}
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        rows = torch.ones(self.batches, 4) * torch.arange(self.batches)[:, None]
+        return DataLoader(TensorDataset(rows))
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.train_dataloader()
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return self.train_dataloader()

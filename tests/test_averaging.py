@@ -1,0 +1,182 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tx_lightning.averaging import (
+    average_checkpoints,
+    best_checkpoints,
+    last_checkpoints,
+    main,
+)
+from tx_lightning.checkpoints import CheckpointError, checkpoint_record
+from tx_lightning.errors import ConfigurationError
+
+SETTINGS = {"class_path": "a.Task", "init_args": {"width": 2}}
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    name: str | None = None,
+    settings: dict[str, Any] = SETTINGS,
+    vocabulary: str = "{}",
+    metrics: dict[str, float] | None = None,
+    **weights: Tensor,
+) -> Path:
+    """Write a checkpoint as the trainer would."""
+    path = folder / (name or f"step={step}.ckpt")
+    checkpoint: dict[str, Any] = {
+        "epoch": step // 10,
+        "global_step": step,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": weights or {"weight": torch.tensor([float(step), 1.0])},
+        "optimizer_states": [{"state": {}}],
+        "lr_schedulers": [],
+        "callbacks": {"LRWarmup": {"scheduled": None}},
+        "loops": {},
+        "tx_lightning": checkpoint_record(settings, {"source": vocabulary}),
+    }
+    if metrics is not None:
+        checkpoint["metrics"] = metrics
+    folder.mkdir(exist_ok=True)
+    torch.save(checkpoint, path)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    checkpoint = torch.load(path, weights_only=True)
+    assert isinstance(checkpoint, dict)
+    return checkpoint
+
+
+def test_the_mean_is_taken_in_float64_and_keeps_dtypes(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    values = [torch.randn(3, 2) * 10**i for i in range(-3, 4)]
+    halves = [torch.randn(4).bfloat16() for _ in values]
+    count = torch.tensor([3, 4])
+    paths = [
+        save(tmp_path, step, single=single, half=half, count=count)
+        for step, (single, half) in enumerate(zip(values, halves, strict=True))
+    ]
+    average_checkpoints(paths, tmp_path / "mean.ckpt")
+    state = load(tmp_path / "mean.ckpt")["state_dict"]
+    assert torch.equal(state["single"], torch.stack(values).double().mean(0).float())
+    assert torch.equal(state["half"], torch.stack(halves).double().mean(0).bfloat16())
+    assert torch.equal(state["count"], count)
+
+
+def test_one_checkpoint_is_its_own_mean(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    average_checkpoints([path], tmp_path / "mean.ckpt")
+    assert torch.equal(load(tmp_path / "mean.ckpt")["state_dict"]["weight"], torch.tensor([7.0, 1]))
+
+
+def test_what_else_is_in_the_file(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (20, 30, 10)]
+    average_checkpoints(paths, tmp_path / "new" / "mean.ckpt")
+    checkpoint = load(tmp_path / "new" / "mean.ckpt")
+    assert checkpoint["global_step"] == 30
+    assert checkpoint["tx_lightning"] == load(paths[0])["tx_lightning"]
+    assert checkpoint["averaged"] == {
+        "files": ["step=20.ckpt", "step=30.ckpt", "step=10.ckpt"],
+        "steps": [20, 30, 10],
+    }
+    assert not {"optimizer_states", "lr_schedulers", "callbacks", "loops"} & checkpoint.keys()
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new" / "mean.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            {"settings": {"class_path": "a.Task", "init_args": {"width": 3}}},
+            "settings of the model",
+        ),
+        ({"vocabulary": "{x}"}, "the tokenizers"),
+        ({"weight": torch.zeros(3)}, "the shape of weight"),
+        ({"weight": torch.zeros(2), "bias": torch.zeros(2)}, r"names of their weights \(bias\)"),
+        ({"weight": torch.zeros(2, dtype=torch.int64)}, "weight, which is no float"),
+    ],
+)
+def test_checkpoints_of_different_models_are_refused(
+    other: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    paths = [save(tmp_path, 1), save(tmp_path, 2, **other)]
+    with pytest.raises(CheckpointError, match=rf"step=1.ckpt and .*step=2.ckpt .*{message}"):
+        average_checkpoints(paths, tmp_path / "mean.ckpt")
+    assert not (tmp_path / "mean.ckpt").exists()
+
+
+def test_integers_must_agree(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step, weight=torch.ones(2), n=torch.tensor(step)) for step in (1, 2)]
+    with pytest.raises(CheckpointError, match="n, which is no float"):
+        average_checkpoints(paths, tmp_path / "mean.ckpt")
+
+
+def test_nothing_to_average_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoints to average"):
+        average_checkpoints([], tmp_path / "mean.ckpt")
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    paths = [save(tmp_path, 1), save(tmp_path, 2)]
+    paths[1].write_bytes(paths[1].read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"step=2.ckpt cannot be read"):
+        average_checkpoints(paths, tmp_path / "mean.ckpt")
+
+
+def test_the_last_are_chosen_by_step_each_once(tmp_path: Path) -> None:
+    for step in (100, 20, 3):
+        save(tmp_path, step)
+    save(tmp_path, 100, name="last.ckpt")
+    average_checkpoints([tmp_path / "step=3.ckpt"], tmp_path / "averaged.ckpt")
+    assert [path.name for path in last_checkpoints(tmp_path, 5)][:2] == [
+        "step=3.ckpt",
+        "step=20.ckpt",
+    ]
+    assert len(last_checkpoints(tmp_path, 5)) == 3
+    assert last_checkpoints(tmp_path, 2)[0] == tmp_path / "step=20.ckpt"
+
+
+def test_the_best_are_chosen_by_a_metric(tmp_path: Path) -> None:
+    for step, bleu in ((1, 10.0), (2, 30.0), (3, 20.0)):
+        save(tmp_path, step, metrics={"val/bleu": bleu, "val/loss": bleu})
+    save(tmp_path, 3, name="last.ckpt")  # the same step, without scores
+    save(tmp_path, 4)
+    assert [p.name for p in best_checkpoints(tmp_path, 2)] == ["step=2.ckpt", "step=3.ckpt"]
+    assert best_checkpoints(tmp_path, 1, "val/loss") == [tmp_path / "step=1.ckpt"]
+    assert best_checkpoints(tmp_path, 1, "val/accuracy") == []
+    with pytest.raises(ConfigurationError, match="did you mean 'val/bleu'"):
+        best_checkpoints(tmp_path, 1, "val/blue")
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 9):
+        save(folder, step, metrics={"val/bleu": -float(step)})
+    assert main([str(tmp_path), "--last", "2"]) == 0
+    assert load(folder / "averaged.ckpt")["averaged"]["steps"] == [4, 9]
+    assert "averaged.ckpt" in capsys.readouterr().out
+    assert main([str(tmp_path), "--best=2", f"--output={tmp_path}/best.ckpt"]) == 0
+    assert load(tmp_path / "best.ckpt")["averaged"]["steps"] == [2, 4]
+    files = [str(folder / f"step={step}.ckpt") for step in (9, 2)]
+    assert main([*files, f"--output={tmp_path}/two.ckpt"]) == 0
+    assert torch.equal(load(tmp_path / "two.ckpt")["state_dict"]["weight"], torch.tensor([5.5, 1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--last", "1", "--best", "1"], "exclude each other"),
+        (["--last", "0"], "0 checkpoints cannot be averaged"),
+        (["--best", "1"], "no checkpoints with val/bleu"),
+        (["--lost", "1"], "lost"),
+    ],
+)
+def test_a_wrong_command_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        main([str(tmp_path), *words])

@@ -1,0 +1,99 @@
+"""Reads the `.wandb` file of an offline run: records of a log in blocks of 32 KiB."""
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK = 32768
+HEADER = 7  # checksum (4 bytes), length (2), kind (1): of a block's record, and of the file
+
+
+@dataclass
+class WandbFile:
+    """What a run told W&B.
+
+    Attributes:
+        run_id: The id under which it would be uploaded.
+        job_type: The verb.
+        config: The configuration, nested.
+        history: The rows of metrics, in order.
+        summary: The summary, the last value of each key.
+        metrics: Definitions of metrics, by name.
+        files: Names of uploaded files, as images and tables.
+    """
+
+    run_id: str = ""
+    job_type: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+
+
+def read(run_folder: Path) -> WandbFile:
+    """The offline runs below a run folder, as one; a resumed run has several files."""
+    paths = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    assert paths, f"no .wandb file in {run_folder}"
+    run = WandbFile()
+    for path in paths:
+        for record in records(path):
+            _add(run, record)
+    return run
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of one file, up to where a kill tore it."""
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    assert struct.unpack("<HB", data[4:HEADER]) == (0xBEE1, 0)
+    position, body = HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:  # padding
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        part = data[position + HEADER : position + HEADER + length]
+        if kind == 0 or len(part) < length:
+            return
+        body += part
+        position += HEADER + length
+        if kind in (1, 4):  # whole, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(body)
+            body = b""
+            yield record
+
+
+def _add(run: WandbFile, record: Any) -> None:
+    kind = record.WhichOneof("record_type")
+    if kind == "run":
+        run.run_id, run.job_type = record.run.run_id, record.run.job_type
+        _update(run.config, record.run.config.update)
+    elif kind == "config":
+        _update(run.config, record.config.update)
+    elif kind == "history":
+        row: dict[str, Any] = {}
+        _update(row, record.history.item)
+        run.history.append(row)
+    elif kind == "summary":
+        _update(run.summary, record.summary.update)
+    elif kind == "metric":
+        run.metrics[record.metric.name] = record.metric
+    elif kind == "files":
+        run.files += [file.path for file in record.files.files]
+
+
+def _update(into: dict[str, Any], items: Any) -> None:
+    for item in items:
+        *outer, last = item.nested_key or [item.key]
+        place = into
+        for key in outer:
+            place = place.setdefault(key, {})
+        place[last] = json.loads(item.value_json)

@@ -1,0 +1,257 @@
+"""Attention maps of a few fixed sentences: pictures, and the entropy of every head.
+
+Shapes: B examples, L layers, H heads, T queries, S keys.
+"""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor, nn
+
+from tx_lightning.callbacks.modes import mode
+from tx_lightning.data.batches import PairBatches, TranslationBatch
+from tx_lightning.data.sampler import Share
+from tx_lightning.nn.attention import MultiHeadAttention, record_attention
+from tx_lightning.tasks.translation import Translation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Labels = tuple[list[str], list[str]]  # the tokens of the rows and of the columns
+
+_NAME = re.compile(r"(?:(\w+)\.)?layers\.(\d+)\.(self|cross)_attention")
+_MOST_TOKENS = 100  # of a side in a picture; a longer sentence is cut there
+_TOKEN, _LETTER = 0.17, 0.065  # inches for a cell and for a letter of a label
+
+
+class AttentionLogger(Callback):
+    """Draw what a few validation sentences attend to: encoder self, decoder self, and cross.
+
+    At its log points, and at no other time, the first process runs the examples through the naive
+    attention kernel, in evaluation mode. For each example and kind (`encoder_self`, `decoder_self`,
+    `cross`) a picture of layers by heads, queries down and keys across, goes to `attention/` in the
+    run folder, and to Weights & Biases and TensorBoard where they are loggers. The mean entropy of
+    the rows of each chosen head, in nats, is logged as
+    `attention/<kind>/layer<i>/head<j>/entropy`: 0 attends to one token, log S to all alike.
+
+    Args:
+        examples: Positions in the validation split.
+        layers: Layers to show, from 0; -1 is the last. null: all.
+        heads: Heads to show, from 0. null: all.
+        every_n_steps: Log every so many optimizer steps. null: after each validation.
+
+    Raises:
+        ValueError: When there is no such example, layer or head.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[int] = (0, 1),
+        layers: Sequence[int] | None = (-1,),
+        heads: Sequence[int] | None = None,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(
+                f"every_n_steps={every_n_steps} of AttentionLogger must be at least 1, "
+                "or null to log after each validation"
+            )
+        self.examples = list(examples)
+        self.layers = None if layers is None else list(layers)
+        self.heads = None if heads is None else list(heads)
+        self.every_n_steps = every_n_steps
+        self._step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage not in ("fit", "validate"):
+            return
+        if not isinstance(pl_module, Translation):
+            raise ValueError(
+                f"AttentionLogger cannot draw the maps of a {type(pl_module).__name__}"
+            )
+        n_examples = len(trainer.datamodule.val_store)  # type: ignore[attr-defined]
+        _check("examples", self.examples, range(n_examples))
+        for layers in _stacks(pl_module.network).values():
+            _check("layers", self.layers or [], range(-len(layers), len(layers)))
+            n_heads = min(attention.n_heads for attention in layers)
+            _check("heads", self.heads or [], range(n_heads))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is None and not trainer.sanity_checking:
+            self._log(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.every_n_steps is None or trainer.global_step % self.every_n_steps:
+            return
+        if trainer.global_step != self._step:  # it also stays while batches accumulate
+            self._step = trainer.global_step
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Translation)
+        folder = Path(trainer.default_root_dir) / "attention"
+        folder.mkdir(parents=True, exist_ok=True)
+        step = trainer.global_step
+        entropies: dict[str, float] = {}
+        for kind, (layers, maps, labels) in self._record(trainer, pl_module).items():
+            heads = self.heads or list(range(maps[0].shape[1]))
+            paths = []
+            for i, (weights, tokens) in enumerate(zip(maps, labels, strict=True)):
+                path = folder / f"{kind}-example{self.examples[i]}-step{step}.png"
+                title = f"{kind}, validation example {self.examples[i]}, step {step}"
+                _save(draw(weights, tokens, layers, heads, title), path)
+                paths.append(path)
+            _log_images(trainer, kind, paths, self.examples, step)
+            rows = torch.cat([entropy(weights) for weights in maps], dim=-1)  # (L, H, all T)
+            for layer, of_layer in zip(layers, rows.mean(-1).tolist(), strict=True):
+                for head, value in zip(heads, of_layer, strict=True):
+                    entropies[f"attention/{kind}/layer{layer}/head{head}/entropy"] = value
+        for logger in trainer.loggers:
+            logger.log_metrics(entropies, step=step)
+
+    def _record(
+        self, trainer: Trainer, task: Translation
+    ) -> dict[str, tuple[list[int], list[Tensor], list[Labels]]]:
+        """Return for each kind: layers, weights (L, H, T, S) and labels of each example."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        share = Share(np.array(self.examples), step_tokens=0, parts=1)
+        batch: TranslationBatch = PairBatches(data.val_store, with_text=False).__getitems__(share)
+        inputs, labels = task.attention_inputs(batch.to(task.device))
+        with (
+            torch.no_grad(),
+            mode(task.network, training=False),
+            trainer.precision_plugin.forward_context(),
+            record_attention(task.network) as maps,
+        ):
+            task.network(*inputs)
+        names = {attention: name for name, attention in task.network.named_modules()}
+        found = {}
+        for kind, attentions in _stacks(task.network).items():
+            layers = [i % len(attentions) for i in self.layers or range(len(attentions))]
+            stack = torch.stack([maps[names[attentions[i]]].float().cpu() for i in layers])
+            if self.heads is not None:
+                stack = stack[:, :, self.heads]
+            tokens = [of_example[kind] for of_example in labels]
+            cut = [
+                weights[:, :, : len(rows), : len(columns)]  # (L, H, T, S) without padding
+                for weights, (rows, columns) in zip(stack.unbind(1), tokens, strict=True)
+            ]
+            found[kind.replace(".", "_")] = (layers, cut, tokens)
+        return found
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Return the entropy in nats of each distribution over keys: (..., S) -> (...)."""
+    terms: Tensor = torch.special.entr(weights)  # -w log w, and 0 at 0
+    return terms.sum(-1)
+
+
+def draw(
+    weights: Tensor, labels: Labels, layers: Sequence[int], heads: Sequence[int], title: str
+) -> "Figure":
+    """Draw the maps of one sentence, a row for each layer and a column for each head.
+
+    Args:
+        weights: (L, H, T, S).
+        labels: T and S tokens, written at the left and below.
+        layers: Their L numbers.
+        heads: Their H numbers.
+        title: Stands above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, columns = ([_short(token) for token in tokens[:_MOST_TOKENS]] for tokens in labels)
+    weights = weights[:, :, : len(rows), : len(columns)]
+    # In inches. Placing the axes by hand takes a tenth of the time of matplotlib's layouts, and
+    # texts a tenth of that of ticks.
+    width, height = max(1.2, _TOKEN * len(columns)), max(0.6, _TOKEN * len(rows))
+    left, bottom = (_LETTER * max(map(len, tokens)) + 0.1 for tokens in (rows, columns))
+    gap, top = 0.25, 0.35
+    total_width = left + (width + gap) * len(heads)
+    total_height = bottom + (height + gap) * len(layers) + top
+    figure = Figure(figsize=(total_width, total_height))
+    FigureCanvasAgg(figure)  # no window, no global state of pyplot
+    figure.text(0.1 / total_width, 1 - 0.1 / total_height, title, fontsize=9, va="top")
+    for i, layer in enumerate(layers):
+        y = bottom + (height + gap) * (len(layers) - 1 - i)
+        for j, head in enumerate(heads):
+            x = left + (width + gap) * j
+            axes = figure.add_axes(
+                (x / total_width, y / total_height, width / total_width, height / total_height)
+            )
+            axes.imshow(weights[i, j].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
+            axes.set_title(f"layer {layer}, head {head}", fontsize=7, pad=2)
+            axes.set_axis_off()
+            # A $ in the data is a $.
+            if j == 0:
+                for t, token in enumerate(rows):
+                    axes.text(-0.7, t, token, ha="right", va="center", fontsize=7, parse_math=False)
+            if i == len(layers) - 1:
+                for s, token in enumerate(columns):
+                    axes.text(
+                        s,
+                        len(rows) - 0.3,
+                        token,
+                        ha="center",
+                        va="top",
+                        fontsize=7,
+                        rotation=90,
+                        parse_math=False,
+                    )
+    return figure
+
+
+def _short(token: str) -> str:
+    return token if len(token) <= 16 else f"{token[:15]}…"
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks
+        figure.savefig(path)
+
+
+def _log_images(
+    trainer: Trainer, kind: str, paths: list[Path], examples: list[int], step: int
+) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(f"attention/{kind}", [str(path) for path in paths], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            from matplotlib.image import imread
+
+            for example, path in zip(examples, paths, strict=True):
+                image = imread(path)[..., :3]
+                tag = f"attention/{kind}/example{example}"
+                logger.experiment.add_image(tag, image, step, dataformats="HWC")
+
+
+def _stacks(network: nn.Module) -> dict[str, list[MultiHeadAttention]]:
+    """Return the attentions of each kind, in the order of their layers."""
+    stacks: dict[str, list[MultiHeadAttention]] = {}
+    for name, module in network.named_modules():
+        match = _NAME.fullmatch(name)
+        if match and isinstance(module, MultiHeadAttention):
+            stack, _, kind = match.groups()
+            key = kind if kind == "cross" or stack is None else f"{stack}.{kind}"
+            stacks.setdefault(key, []).append(module)
+    return stacks
+
+
+def _check(name: str, chosen: Sequence[int], existing: range) -> None:
+    for number in chosen:
+        if number not in existing:
+            raise ValueError(
+                f"{name}={list(chosen)} of AttentionLogger: there is no {number}, only "
+                f"{existing.start} to {existing.stop - 1}"
+            )
