@@ -213,10 +213,8 @@ def main() -> int:
             print(f"round {round_ + 1}  {name:<14}{results[name][-1]:8,.0f}", flush=True)
 
     ours = statistics.median(results["tx_lightning"])
-    processor = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.processor()
-    print(
-        f"\n{arguments.device} {processor}, {arguments.threads} threads, torch {torch.__version__}"
-    )
+    on = torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine()
+    print(f"\n{on}, {arguments.threads} threads, torch {torch.__version__}")
     print("target tokens a second, median of the rounds (lowest to highest)")
     for name, figures in results.items():
         median = statistics.median(figures)

@@ -1,9 +1,11 @@
 """A task and data so small that a run takes no time; class paths in tests name them."""
 
+import os
+import signal
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
@@ -50,7 +52,7 @@ class TinyTask(LightningModule):
 
 
 class TinyData(LightningDataModule):
-    """The same few random rows for every split.
+    """Equal rows, so that weights depend on the number of steps alone.
 
     Args:
         vocab_size: What the task's follows.
@@ -64,11 +66,31 @@ class TinyData(LightningDataModule):
         self.statistics: dict[str, int | float | str] = {"pairs": batches}
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        rows = torch.ones(self.batches, 4) * torch.arange(self.batches)[:, None]
-        return DataLoader(TensorDataset(rows))
+        return DataLoader(TensorDataset(torch.ones(self.batches, 4)))
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return self.train_dataloader()
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return self.train_dataloader()
+
+
+class SignalAt(Callback):
+    """Sends a signal to its own process in the middle of a step.
+
+    Args:
+        batch: After how many batches of the run.
+        name: As SIGTERM.
+    """
+
+    def __init__(self, batch: int, name: str) -> None:
+        self.batch = batch
+        self.signum = signal.Signals[name]
+        self.seen = 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            os.kill(os.getpid(), self.signum)

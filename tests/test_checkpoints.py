@@ -73,7 +73,7 @@ def test_a_truncated_file_is_named(file: Path) -> None:
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     text = tmp_path / "notes.ckpt"
     text.write_text("dear diary")
-    with pytest.raises(CheckpointError, match="it is not a checkpoint$"):
+    with pytest.raises(CheckpointError, match=r"it is not a checkpoint$"):
         checkpoints.read_checkpoint(text)
 
 

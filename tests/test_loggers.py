@@ -86,12 +86,13 @@ def test_an_unknown_mode_names_the_known(no_key: Path, monkeypatch: pytest.Monke
         WandB()
 
 
-def test_a_disabled_run_takes_metrics_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_disabled_run_takes_metrics_and_records_nothing(tmp_path: Path) -> None:
     logger = WandB(mode="disabled")
     logger.open_in(tmp_path / "run", "fit")
     logger.log_metrics({"val/bleu": 1.0}, step=1)
     logger.finish(failed=False)
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("*.wandb"))
+    assert not list(tmp_path.rglob("run_id"))
 
 
 def test_a_resumed_run_keeps_its_id_and_says_how_to_upload_it(
@@ -134,4 +135,4 @@ def test_the_history_survives_a_kill(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
-    assert len(wandb_file.read(tmp_path).history) == 20
+    assert len(wandb_file.read(tmp_path, killed=True).history) == 20

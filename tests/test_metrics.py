@@ -6,24 +6,11 @@ import pytest
 import sacrebleu
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 
-WORDS = [
-    "the",
-    "a",
-    "dog",
-    "Dog",
-    "cat,",
-    "sees",
-    "sleeps.",
-    "café",
-    "3.14",
-    "!",
-    "(well)",
-    "don't",
-]
+WORDS = ["the", "a", "dog", "Dog", "cat,", "sleeps.", "café", "3.14", "!", "(well)", "don't"]
 
 
 def corpus(n: int, seed: int = 0) -> tuple[list[str], list[str]]:
@@ -137,7 +124,7 @@ def _evaluate_shard(rank: int, folder: str) -> None:
 
 
 def test_two_processes_with_uneven_shards_give_the_same_digits(tmp_path: Path) -> None:
-    mp.start_processes(_evaluate_shard, (str(tmp_path),), nprocs=2, start_method="spawn")
+    start_processes(_evaluate_shard, (str(tmp_path),), nprocs=2, start_method="spawn")
     hypotheses, references = corpus(60)
     expected = [
         sacrebleu.corpus_bleu(hypotheses, [references]).score,

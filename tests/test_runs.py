@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tx_lightning import runs
 
@@ -52,7 +53,7 @@ def test_processes_of_torchrun_agree_where_its_agent_hosts_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
-    agent = runs.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    agent = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     as_torchrun(monkeypatch, port, hosted_elsewhere=True)
     folders = []
     for rank in (0, 1, 2):

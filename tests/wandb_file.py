@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,15 +37,29 @@ class WandbFile:
     files: list[str] = field(default_factory=list)
 
 
-def read(run_folder: Path) -> WandbFile:
-    """The offline runs below a run folder, as one; a resumed run has several files."""
+def read(run_folder: Path, *, killed: bool = False) -> WandbFile:
+    """The offline runs below a run folder, as one; a resumed run has several files.
+
+    Args:
+        run_folder: The folder that holds wandb/.
+        killed: Whether the process was killed; of others the end is waited for, since the service
+            of wandb writes it after `finish` has returned.
+    """
     paths = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
     assert paths, f"no .wandb file in {run_folder}"
+    deadline = time.monotonic() + 30
+    while not killed and not all(_is_complete(path) for path in paths):
+        assert time.monotonic() < deadline, f"a run in {run_folder} has not ended"
+        time.sleep(0.05)
     run = WandbFile()
     for path in paths:
         for record in records(path):
             _add(run, record)
     return run
+
+
+def _is_complete(path: Path) -> bool:
+    return any(record.WhichOneof("record_type") == "exit" for record in records(path))
 
 
 def records(path: Path) -> Iterator[Any]:

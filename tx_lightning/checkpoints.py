@@ -7,13 +7,13 @@ tensors and plain containers only and loads with `weights_only=True`.
 
 import errno
 import os
-import pickle
 import platform
 import sys
 import zipfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,9 +78,9 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
         raise CheckpointError(f"checkpoint {path}: there is no such file{there}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
-    except OSError:
+    except PermissionError:
         raise
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError, KeyError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {_why(path)}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"checkpoint {path} has no 'state_dict': it is not a checkpoint")

@@ -9,6 +9,7 @@ cannot be set apart from them: the model's `vocab_size` from the data's, the dat
 import importlib
 import json
 import logging
+import os
 import pkgutil
 import sys
 import warnings
@@ -58,6 +59,7 @@ class CommandLine(LightningCLI):
     """
 
     def __init__(self, words: Sequence[str], *, run: bool = True) -> None:
+        _silence_libraries()
         self.verb = words[0] if run else None
         self.folder: Path | None = None
         self.resumed: Path | None = None
@@ -73,7 +75,7 @@ class CommandLine(LightningCLI):
                 "use_distributed_sampler": False,
                 "enable_autolog_hparams": False,
             },
-            parser_kwargs=_parser_options() if run else {"exit_on_error": False},
+            parser_kwargs=_parser_options(run),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(words),
@@ -130,6 +132,13 @@ class CommandLine(LightningCLI):
                 default=None,
                 help="A run folder: go on in it, with its configuration, from its newest "
                 "checkpoint; what else is given here is merged on top.",
+            )
+            parser.add_argument(
+                "--test_after",
+                type=bool,
+                default=False,
+                help="Test when training has ended: the averaged checkpoint where there is one, "
+                "else the best, else the last.",
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
@@ -311,11 +320,38 @@ class CommandLine(LightningCLI):
         failed = True
         try:
             super()._run_subcommand(subcommand)
+            if subcommand == "fit" and self._section().test_after:
+                self._test_after()
             failed = False
         finally:
+            self._report()
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandB):
                     logger.finish(failed=failed)
+
+    def _test_after(self) -> None:
+        """Test what training has made: the averaged weights, else the best, else the last."""
+        assert self.folder is not None
+        trainer: Trainer = self.trainer
+        averaged = self.folder / CHECKPOINTS / "averaged.ckpt"
+        saved = trainer.checkpoint_callback
+        best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
+        path = str(averaged) if averaged.is_file() else best
+        if is_first_process():
+            print(f"testing {shown(Path(path)) if path else 'the last weights'}", flush=True)
+        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None)
+
+    def _report(self) -> None:
+        """Say at the end where the newest attention map and the W&B run are."""
+        assert self.folder is not None
+        if not is_first_process():
+            return
+        maps = sorted(self.folder.glob("attention/cross-*.png"), key=lambda p: p.stat().st_mtime)
+        if maps:
+            print(f"attention map: {shown(maps[-1])}", flush=True)
+        runs = sorted(self.folder.glob("wandb/*run-*"))
+        if runs:
+            print(f"W&B run: {shown(runs[-1])}", flush=True)
 
     def _announce(self) -> None:
         """Say where the run is and how to go on; drop the metrics that will be made again."""
@@ -341,12 +377,12 @@ class CommandLine(LightningCLI):
         MetricsFile(self.folder).rewind(step)
 
 
-def _parser_options() -> dict[str, Any]:
-    """Have the parsers raise what they refuse, so that it can be explained."""
-    options: dict[str, Any] = {
-        verb: {"exit_on_error": False} for verb in LightningCLI.subcommands()
-    }
-    return {"prog": "tx-lightning", "exit_on_error": False, **options}
+def _parser_options(run: bool) -> dict[str, Any]:
+    """Have the parsers raise what they refuse, so that it can be explained; no abbreviations."""
+    options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+    if not run:
+        return options
+    return {"prog": "tx-lightning", **options, **dict.fromkeys(LightningCLI.subcommands(), options)}
 
 
 def _has_class(values: dict[str, Any], key: str) -> bool:
@@ -360,9 +396,6 @@ def run(words: Sequence[str]) -> int:
     Args:
         words: The words of the command, the verb first.
     """
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
-    # Lightning 2.6 with torch 2.13, before every run.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a class of one's own in the folder where one works
     try:
@@ -401,6 +434,18 @@ def import_classes() -> None:
     for module in pkgutil.walk_packages(tx_lightning.__path__, "tx_lightning."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+
+
+def _silence_libraries() -> None:
+    """Keep from the user what libraries say about each other, and about what we do on purpose."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls three
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.13
+        r"Checkpoint directory .* exists and is not empty",  # a run goes on in its folder
+        r"The dirpath has changed from",  # another run has another folder
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _no_tips(record: logging.LogRecord) -> bool:

@@ -203,8 +203,9 @@ def _shortened(message: str, values: Mapping[str, Any]) -> str:
         return f"there is no class '{name[1]}'{did_you_mean(name[1], classes)}"
     *outer, innermost = re.split(r'Parser key "', message)
     key, _, told = innermost.partition('":')
-    expected = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", told, re.MULTILINE)
     value = re.search(r"(?:Got|Given) value: (.*)", told)
+    told = told[: value.end()] if value else told
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", told, re.MULTILINE)
     if outer and expected and value and "class_path" not in told:
         kinds = " or ".join(dict.fromkeys(_kind(kind) for kind in expected))
         return f"{_full_key(key, values)}: {value[1]} is not {kinds}"

@@ -24,7 +24,7 @@ def everything(task: Translation) -> list[Any]:
         [p.grad for p in task.parameters()],
         torch.get_rng_state(),
         torch.tensor(random.getstate()[1]),
-        torch.from_numpy(np.random.get_state()[1].astype(np.int64)),  # noqa: NPY002  # type: ignore[union-attr, index]
+        torch.from_numpy(np.random.get_state(legacy=False)["state"]["key"].astype(np.int64)),  # noqa: NPY002
         [child.training for child in task.modules()],
         task._train_sums,
     ]

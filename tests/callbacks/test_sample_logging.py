@@ -27,7 +27,7 @@ class Table(WandbLogger):
     def log_table(self, key, columns=None, data=None, dataframe=None, step=None) -> None:  # type: ignore[no-untyped-def]
         self.tables.append((key, columns, data, step))
 
-    def log_metrics(self, metrics: object, step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: object, step: int | None = None) -> None:
         pass
 
 

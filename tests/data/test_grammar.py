@@ -44,10 +44,13 @@ def test_the_sentences_of_seed_zero_do_not_change() -> None:
     # Results are compared across machines and years: new sentences need a new `_VERSION`.
     assert list(Grammar(n_test=2).pairs("test")) == [
         (
-            "Kein Hund wirft morgen meine neue Zeitung weg.",
-            "No dog will throw away my new newspaper tomorrow.",
+            "Vierundfünfzig Ärztinnen haben vier Männern geholfen.",
+            "Fifty-four doctors helped four men.",
         ),
-        ("Sie hat getanzt.", "She danced."),
+        (
+            "Meinen Mann lacht das Mädchen, das diesen Ärztinnen nicht dankt, aus.",
+            "The girl that does not thank these doctors laughs at my man.",
+        ),
     ]
 
 
@@ -282,6 +285,14 @@ Sie lobt ihn. | She praises him.
 Sie loben ihn. | They praise him.
 Gestern haben wir dich gelobt. | Yesterday we praised you.
 Er lobt mich jetzt nicht. | He does not praise me now.
+
+a pronoun before the subject, but not before another pronoun
+Heute liebt ihn keine Frau. | Today no woman loves him.
+Heute liebt keine Frau ihn. | -
+Heute lieben wir ihn. | Today we love him.
+Heute lieben ihn wir. | -
+Er lügt, weil ihr der Hund den Apfel wegnimmt. | He lies because the dog takes the apple from her.
+Weil er dir hilft, dankt ihm die Frau nicht. | Because he helps you, the woman does not thank him.
 
 an object first, told by its case
 Den Mann liebt die Frau. | The woman loves the man.

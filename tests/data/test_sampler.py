@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tx_lightning.data.sampler import Plan, ShardSampler, Share, TokenBatchSampler, cut, plan_batches
+from tx_lightning.data.sampler import (
+    Plan,
+    ShardSampler,
+    Share,
+    TokenBatchSampler,
+    cut,
+    plan_batches,
+)
 
 IntArray = npt.NDArray[np.int32]
 BUDGET = 64
@@ -207,9 +214,7 @@ def test_without_reshuffling_all_epochs_are_alike() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(lengths, st.integers(1, 4))
-def test_evaluation_neither_pads_nor_repeats(
-    pairs: list[tuple[int, int]], world_size: int
-) -> None:
+def test_evaluation_neither_pads_nor_repeats(pairs: list[tuple[int, int]], world_size: int) -> None:
     source, target = arrays(pairs)
     shards = [
         ShardSampler(source, target, BUDGET, rank=rank, world_size=world_size)

@@ -264,6 +264,7 @@ def test_fingerprint_follows_what_is_read_from_the_file() -> None:
         TSV(train=file).fingerprint("train"),
         TSV(train=file, source_column=1, target_column=0).fingerprint("train"),
         TSV(train=file, source_column="0", target_column="1").fingerprint("train"),
+        TSV(train=file, source_column="source", target_column="target").fingerprint("train"),
         JSONLines(train=file).fingerprint("train"),
         JSONLines(train=file, source_key="target", target_key="source").fingerprint("train"),
         TextPairs(train=(file, file)).fingerprint("train"),
@@ -295,14 +296,27 @@ def test_hash_of_a_file_still_being_written_is_not_kept(own_cache: Path) -> None
     assert not own_cache.exists()
 
 
-def test_hash_of_a_changed_file_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_of_a_file_changed_in_place_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(fingerprints, "_SETTLED", 0)
-    file = write("a", "text\n")
-    before = file_sha256(file)
-    write("b", "Text\n")
-    Path("b").replace("a")
+    before = file_sha256(write("a", "text\n"))
+    write("a", "Text\n")
     os.utime("a", ns=(0, 0))
-    assert file_sha256(file) != before
+    assert file_sha256("a") != before
+
+
+def test_hash_of_a_replaced_file_with_an_old_date_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fingerprints, "_SETTLED", 0)
+    write("a", "text\n")
+    write("b", "Text\n")
+    os.utime("a", ns=(0, 0))
+    os.utime("b", ns=(0, 0))
+    before = file_sha256("a")
+    Path("b").replace("a")
+    assert file_sha256("a") != before
 
 
 def test_hash_needs_no_writable_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,8 +85,14 @@ def test_a_file_that_is_one_endless_line_is_refused(
 ) -> None:
     monkeypatch.setattr(text_module, "LONGEST_LINE", 2**20)
     write(file, b"a" * (2**20 - 1) + b"\n" + b"b" * 2**24)
-    message = refusal(lambda: list(read_lines(file)))
+    tracemalloc.start()
+    try:
+        message = refusal(lambda: deque(read_lines(file), maxlen=0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert message.startswith(f"{file}, line 2 is longer than 1 MiB")
+    assert peak < 2**23  # of the 2**24 bytes of the line
 
 
 def test_bytes_that_are_not_utf8_are_refused_by_file_and_line(file: Path) -> None:

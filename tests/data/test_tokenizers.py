@@ -196,5 +196,5 @@ def test_tokenizers_survive_a_checkpoint() -> None:
     assert shared.source is shared.target
 
 
-def test_a_line_of_a_million_characters_is_encoded(kind: type[TokenizerTrainer]) -> None:
-    assert len(encode(trained(kind), "blue snow " * 100_000)) >= 100_000
+def test_a_very_long_line_is_encoded(kind: type[TokenizerTrainer]) -> None:
+    assert len(encode(trained(kind), "blue snow " * 10_000)) >= 20_000

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from tests.decoding.toy import EOS, Network, start, table_step
 from tx_lightning.decoding import (
@@ -198,17 +199,37 @@ def test_a_prefix_longer_than_the_source_allows_leaves_room_for_one_token(
 
 @pytest.mark.parametrize("decoding", strategies())
 def test_bos_may_be_eos_and_stand_in_a_prompt(decoding: Decoding) -> None:
-    follow = [0.0, 0.0, 0.1, 0.5, 0.4]
+    logits = torch.tensor([0.0, 0.0, 0.4, 0.3, 0.3]).log()
 
     def step(tokens: torch.Tensor, state: object) -> torch.Tensor:
-        return torch.tensor(follow).log().expand(len(tokens), -1)
+        return logits.expand(len(tokens), -1)
 
-    found = decoding(
-        step, start(2), None, [[3, EOS, 4], [EOS]], max_lengths=torch.tensor([9, 9]), bos_id=EOS
-    )
-    assert all(h.tokens[:3] == [3, EOS, 4] for h in found[0])
-    assert all(h.tokens[0] == EOS for h in found[1])
-    assert all(EOS not in h.tokens[3:] for h in found[0])
+    prompts = [[3, EOS, 4], [EOS]]
+    found = decoding(step, start(2), None, prompts, max_lengths=torch.tensor([9, 9]), bos_id=EOS)
+    for prompt, group in zip(prompts, found, strict=True):
+        assert any(h.finished for h in group)
+        for h in group:
+            assert h.tokens[: len(prompt)] == prompt
+            assert EOS not in h.tokens[len(prompt) :]
+
+
+def test_strategies_and_filters_are_reached_from_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--decoding", type=Decoding)
+    given = {
+        "class_path": "tx_lightning.decoding.Beam",
+        "init_args": {
+            "beam_size": 3,
+            "filters": [
+                {"class_path": "tx_lightning.decoding.NoRepeatNgram", "init_args": {"size": 2}}
+            ],
+        },
+    }
+    decoding = parser.instantiate(parser.parse_object({"decoding": given})).decoding
+    assert isinstance(decoding, Beam)
+    assert (decoding.beam_size, decoding.n_best) == (3, 1)
+    assert isinstance(decoding.filters[0], NoRepeatNgram)
+    assert decoding.filters[0].size == 2
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:

@@ -2,6 +2,7 @@
 
 from tx_lightning.callbacks.attention_logging import AttentionLogger
 from tx_lightning.callbacks.checkpoint_averaging import CheckpointAveraging
+from tx_lightning.callbacks.goal import Goal
 from tx_lightning.callbacks.longest_batch import LongestBatch
 from tx_lightning.callbacks.lr_warmup import LRWarmup
 from tx_lightning.callbacks.sample_logging import SampleLogger
@@ -10,6 +11,7 @@ from tx_lightning.callbacks.throughput import Throughput
 __all__ = [
     "AttentionLogger",
     "CheckpointAveraging",
+    "Goal",
     "LRWarmup",
     "LongestBatch",
     "SampleLogger",

@@ -1,11 +1,12 @@
 """Attention maps of a few fixed sentences: pictures, and the entropy of every head.
 
-Shapes: B examples, L layers, H heads, T queries, S keys.
+Shapes: L layers, H heads, T queries, S keys.
 """
 
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
 from tx_lightning.callbacks.modes import mode
-from tx_lightning.data.batches import PairBatches, TranslationBatch
+from tx_lightning.data.batches import PairBatches
 from tx_lightning.data.sampler import Share
 from tx_lightning.nn.attention import MultiHeadAttention, record_attention
 from tx_lightning.tasks.translation import Translation
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Labels = tuple[list[str], list[str]]  # the tokens of the rows and of the columns
 
-_NAME = re.compile(r"(?:(\w+)\.)?layers\.(\d+)\.(self|cross)_attention")
+_NAME = re.compile(r"(?:(\w+)\.)?layers\.\d+\.(self|cross)_attention")
 _MOST_TOKENS = 100  # of a side in a picture; a longer sentence is cut there
 _TOKEN, _LETTER = 0.17, 0.065  # inches for a cell and for a letter of a label
 
@@ -67,7 +68,7 @@ class AttentionLogger(Callback):
         self.layers = None if layers is None else list(layers)
         self.heads = None if heads is None else list(heads)
         self.every_n_steps = every_n_steps
-        self._step = -1
+        self._step = 0  # the last optimizer step that was seen
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
@@ -78,20 +79,26 @@ class AttentionLogger(Callback):
             )
         n_examples = len(trainer.datamodule.val_store)  # type: ignore[attr-defined]
         _check("examples", self.examples, range(n_examples))
-        for layers in _stacks(pl_module.network).values():
-            _check("layers", self.layers or [], range(-len(layers), len(layers)))
-            n_heads = min(attention.n_heads for attention in layers)
-            _check("heads", self.heads or [], range(n_heads))
+        network = pl_module.network
+        for names in _stacks(network).values():
+            _check("layers", self.layers or [], range(-len(names), len(names)))
+            for name in names:
+                attention = network.get_submodule(name)
+                assert isinstance(attention, MultiHeadAttention)
+                _check("heads", self.heads or [], range(attention.n_heads))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None and not trainer.sanity_checking:
             self._log(trainer, pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.every_n_steps is None or trainer.global_step % self.every_n_steps:
-            return
-        if trainer.global_step != self._step:  # it also stays while batches accumulate
-            self._step = trainer.global_step
+        if self.every_n_steps is None or trainer.global_step == self._step:
+            return  # nothing to do, or batches accumulate
+        self._step = trainer.global_step
+        if self._step % self.every_n_steps == 0:
             self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,51 +109,57 @@ class AttentionLogger(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
         entropies: dict[str, float] = {}
-        for kind, (layers, maps, labels) in self._record(trainer, pl_module).items():
-            heads = self.heads or list(range(maps[0].shape[1]))
+        for kind, maps in self._record(trainer, pl_module).items():
             paths = []
-            for i, (weights, tokens) in enumerate(zip(maps, labels, strict=True)):
-                path = folder / f"{kind}-example{self.examples[i]}-step{step}.png"
-                title = f"{kind}, validation example {self.examples[i]}, step {step}"
-                _save(draw(weights, tokens, layers, heads, title), path)
-                paths.append(path)
+            for example, weights, labels in zip(
+                self.examples, maps.weights, maps.labels, strict=True
+            ):
+                title = f"{kind}, validation example {example}, step {step}"
+                paths.append(folder / f"{kind}-example{example}-step{step}.png")
+                _save(draw(weights, labels, maps.layers, maps.heads, title), paths[-1])
             _log_images(trainer, kind, paths, self.examples, step)
-            rows = torch.cat([entropy(weights) for weights in maps], dim=-1)  # (L, H, all T)
-            for layer, of_layer in zip(layers, rows.mean(-1).tolist(), strict=True):
-                for head, value in zip(heads, of_layer, strict=True):
+            rows = torch.cat(
+                [entropy(weights) for weights in maps.weights], dim=-1
+            )  # (L, H, all T)
+            for layer, of_layer in zip(maps.layers, rows.mean(-1).tolist(), strict=True):
+                for head, value in zip(maps.heads, of_layer, strict=True):
                     entropies[f"attention/{kind}/layer{layer}/head{head}/entropy"] = value
         for logger in trainer.loggers:
             logger.log_metrics(entropies, step=step)
 
-    def _record(
-        self, trainer: Trainer, task: Translation
-    ) -> dict[str, tuple[list[int], list[Tensor], list[Labels]]]:
-        """Return for each kind: layers, weights (L, H, T, S) and labels of each example."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        share = Share(np.array(self.examples), step_tokens=0, parts=1)
-        batch: TranslationBatch = PairBatches(data.val_store, with_text=False).__getitems__(share)
-        inputs, labels = task.attention_inputs(batch.to(task.device))
-        with (
-            torch.no_grad(),
-            mode(task.network, training=False),
-            trainer.precision_plugin.forward_context(),
-            record_attention(task.network) as maps,
-        ):
-            task.network(*inputs)
-        names = {attention: name for name, attention in task.network.named_modules()}
-        found = {}
-        for kind, attentions in _stacks(task.network).items():
-            layers = [i % len(attentions) for i in self.layers or range(len(attentions))]
-            stack = torch.stack([maps[names[attentions[i]]].float().cpu() for i in layers])
-            if self.heads is not None:
-                stack = stack[:, :, self.heads]
-            tokens = [of_example[kind] for of_example in labels]
-            cut = [
-                weights[:, :, : len(rows), : len(columns)]  # (L, H, T, S) without padding
-                for weights, (rows, columns) in zip(stack.unbind(1), tokens, strict=True)
-            ]
-            found[kind.replace(".", "_")] = (layers, cut, tokens)
+    def _record(self, trainer: Trainer, task: Translation) -> dict[str, "_Maps"]:
+        """Run the examples one by one, so that nothing is padded; return the maps of each kind."""
+        data = PairBatches(trainer.datamodule.val_store, with_text=False)  # type: ignore[attr-defined]
+        found: dict[str, _Maps] = {}
+        for example in self.examples:
+            share = Share(np.array([example]), step_tokens=0, parts=1)
+            batch = data.__getitems__(share).to(task.device)
+            inputs, [labels] = task.attention_inputs(batch)
+            with (
+                torch.no_grad(),
+                mode(task.network, training=False),
+                trainer.precision_plugin.forward_context(),
+                record_attention(task.network) as maps,
+            ):
+                task.network(*inputs)
+            for kind, names in _stacks(task.network).items():
+                layers = [i % len(names) for i in self.layers or range(len(names))]
+                weights = torch.cat([maps[names[layer]] for layer in layers])  # (L, H, T, S)
+                heads = self.heads or list(range(weights.shape[1]))
+                of_kind = found.setdefault(kind.replace(".", "_"), _Maps(layers, heads))
+                of_kind.weights.append(weights[:, heads].float().cpu())
+                of_kind.labels.append(labels[kind])
         return found
+
+
+@dataclass
+class _Maps:
+    """The maps of one kind: of L layers and H heads, for each example (L, H, T, S) and labels."""
+
+    layers: list[int]
+    heads: list[int]
+    weights: list[Tensor] = field(default_factory=list)
+    labels: list[Labels] = field(default_factory=list)
 
 
 def entropy(weights: Tensor) -> Tensor:
@@ -236,15 +249,15 @@ def _log_images(
                 logger.experiment.add_image(tag, image, step, dataformats="HWC")
 
 
-def _stacks(network: nn.Module) -> dict[str, list[MultiHeadAttention]]:
-    """Return the attentions of each kind, in the order of their layers."""
-    stacks: dict[str, list[MultiHeadAttention]] = {}
+def _stacks(network: nn.Module) -> dict[str, list[str]]:
+    """Return the names of the attentions of each kind, in the order of their layers."""
+    stacks: dict[str, list[str]] = {}
     for name, module in network.named_modules():
         match = _NAME.fullmatch(name)
         if match and isinstance(module, MultiHeadAttention):
-            stack, _, kind = match.groups()
+            stack, kind = match.groups()
             key = kind if kind == "cross" or stack is None else f"{stack}.{kind}"
-            stacks.setdefault(key, []).append(module)
+            stacks.setdefault(key, []).append(name)
     return stacks
 
 

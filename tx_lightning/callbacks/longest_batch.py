@@ -59,8 +59,8 @@ class LongestBatch(Callback):
             raise BatchTooLarge(
                 f"data.batch_tokens={data.batch_tokens} is too much for the memory of "
                 f"{trainer.strategy.root_device}: the largest training batch ({batch.rows} pairs "
-                f"of up to {batch.source.shape[1]} and {batch.target.shape[1]} tokens) does not fit; "
-                "lower it, or raise trainer.accumulate_grad_batches, which splits each batch"
+                f"of up to {batch.source.shape[1]} and {batch.target.shape[1]} tokens) does not "
+                "fit; lower it, or raise trainer.accumulate_grad_batches, which splits each batch"
             ) from error
 
 

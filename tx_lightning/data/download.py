@@ -77,7 +77,6 @@ class RemoteFiles:
         url, folder = f"{self.url}/{file}", cache_folder() / self.name
         known_hash = f"sha256:{self.sha256[file]}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             pooch.retrieve(url, known_hash, file, folder, downloader=pooch.HTTPDownloader())
         except requests.RequestException as error:
             if error.response is not None:

@@ -142,26 +142,27 @@ ADVERBS = {
 CONJUNCTIONS = ["weil because", "obwohl although", "während while"]
 
 
+_SMALL = (
+    "eins one|zwei two|drei three|vier four|fünf five|sechs six|sieben seven|acht eight|neun nine|"
+    "zehn ten|elf eleven|zwölf twelve|dreizehn thirteen|vierzehn fourteen|fünfzehn fifteen|"
+    "sechzehn sixteen|siebzehn seventeen|achtzehn eighteen|neunzehn nineteen"
+).split("|")
+_TENS = (
+    "zwanzig twenty|dreißig thirty|vierzig forty|fünfzig fifty|sechzig sixty|siebzig seventy|"
+    "achtzig eighty|neunzig ninety"
+).split("|")
+
+
 def number_words(n: int) -> tuple[str, str]:
     """German and English for 1 to 99: 21 is ("einundzwanzig", "twenty-one")."""
     if not 1 <= n <= 99:
         raise ValueError(f"number_words: n is {n}; it must be from 1 to 99")
-    small = (
-        "eins one|zwei two|drei three|vier four|fünf five|sechs six|sieben seven|acht eight|"
-        "neun nine|zehn ten|elf eleven|zwölf twelve|dreizehn thirteen|vierzehn fourteen|"
-        "fünfzehn fifteen|sechzehn sixteen|siebzehn seventeen|achtzehn eighteen|neunzehn nineteen"
-    ).split("|")
-    tens = (
-        "zwanzig twenty|dreißig thirty|vierzig forty|fünfzig fifty|sechzig sixty|"
-        "siebzig seventy|achtzig eighty|neunzig ninety"
-    ).split("|")
-    if n < 20:
-        german, english = small[n - 1].split()
+    tens, units = divmod(n, 10)
+    if n < 20 or units == 0:
+        german, english = (_SMALL[n - 1] if n < 20 else _TENS[tens - 2]).split()
         return german, english
-    german, english = tens[n // 10 - 2].split()
-    if n % 10 == 0:
-        return german, english
-    german_unit, english_unit = small[n % 10 - 1].split()
-    return f"{german_unit.removesuffix('s') if n % 10 == 1 else german_unit}und{german}", (
-        f"{english}-{english_unit}"
-    )
+    german_tens, english_tens = _TENS[tens - 2].split()
+    german_units, english_units = _SMALL[units - 1].split()
+    if units == 1:
+        german_units = "ein"
+    return f"{german_units}und{german_tens}", f"{english_tens}-{english_units}"

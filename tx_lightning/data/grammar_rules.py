@@ -10,6 +10,7 @@ first whose case shows on the article ("Dem Kind hilft die Frau").
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import NamedTuple
 
 from tx_lightning.data.grammar_lexicon import (
@@ -120,219 +121,243 @@ class _Arguments(NamedTuple):
 
     verb: str  # symbol of the verb
     weight: float
+    negative: str  # "nicht": the clause is negated by it; "kein": an object is; or ""
     children: dict[str, str]
+    english: str = ""
     pronouns: str = ""  # stand before the adverb
     phrases: str = ""  # stand after it
-    english: str = ""
-    fronted: str = ""  # the object that may stand first, and then
-    unfronted: str = ""  # the phrases without it
-    negative: str = ""  # "nicht": the clause is negated by it; "no": an object is
+    fronted: str = ""  # the object that may stand first; the other phrases are then the rest
+    rest: str = ""
 
 
 # Shares of clauses without negation and of those negated by "nicht", by "kein" at the object and by
-# "kein" at the subject. They are nearly equal for positive and negative in all, and no form of a
-# verb gives the polarity away ("loves" never stands beside "not", but beside "no" it does).
-_AFFIRMED, _NOT, _NO_OBJECT, _NO_SUBJECT = 6.0, 2.0, 1.5, 1.5
+# "kein" at the subject. Nearly half are negated, and no form of a verb gives the polarity away:
+# "loves" never stands beside "not", but it does beside "no".
+_AFFIRMED, _NICHT, _NO_OBJECT, _NO_SUBJECT = 6.0, 2.0, 1.5, 1.5
+
+# The share of pronouns among the subjects without "kein".
+_PERSONAL = 1 / 6
 
 
 def _all_arguments() -> Iterator[_Arguments]:
-    for negative, share in (("", _AFFIRMED), ("nicht", _NOT), ("no", _NO_OBJECT)):
-        if negative != "no":
-            yield _Arguments("Verb.intransitive", 1.5 * share, {}, negative=negative)
-        yield from _one_object("Verb.accusative", 3 * share, "animate", "acc", negative)
-        yield from _one_object("Verb.dative", 2.5 * share, "animate", "dat", negative)
-        yield from _one_object("Verb.thing", 1.5 * share, "thing", "acc", negative)
+    for negative, share in (("", _AFFIRMED), ("nicht", _NICHT), ("kein", _NO_OBJECT)):
+        if negative != "kein":
+            yield _Arguments("Verb.intransitive", 1.5 * share, negative, {})
+        yield from _one_object("Verb.accusative", 3 * share, negative, "animate", "acc")
+        yield from _one_object("Verb.dative", 2.5 * share, negative, "animate", "dat")
+        yield from _one_object("Verb.thing", 1.5 * share, negative, "thing", "acc")
         yield from _two_objects(1.5 * share, negative)
 
 
 def _one_object(
-    verb: str, share: float, kind: str, case: str, negative: str
+    verb: str, share: float, negative: str, kind: str, case: str
 ) -> Iterator[_Arguments]:
-    phrase, english = f"{{object.{case}}}", "{object.english}"
-    if negative == "no":
-        children = {"object": f"No.{kind}"}
-        yield _Arguments(verb, share, children, "", phrase, english, negative="no")
-        return
-    if kind == "animate":
-        children = {"object": f"Pronoun.{case}"}
-        yield _Arguments(verb, 0.2 * share, children, phrase, "", english, negative=negative)
-    children = {"object": f"Clear.{kind}.{case}"}
-    yield _Arguments(
-        verb, 0.4 * share, children, "", phrase, english, phrase, "", negative=negative
-    )
+    phrase = f"{{object.{case}}}"
+    objects: dict[str, float] = {f"Clear.{kind}.{case}": 3}
     if case == "acc":
-        children = {"object": f"Unclear.{kind}.{case}"}
-        yield _Arguments(verb, 0.3 * share, children, "", phrase, english, negative=negative)
+        objects[f"Unclear.{kind}.{case}"] = 3
+    if kind == "animate":
+        objects[f"Pronoun.{case}"] = 2
     if negative == "":
-        children = {"object": f"Indefinite.{kind}"}
-        yield _Arguments(verb, 0.2 * share, children, "", phrase, english)
+        objects[f"Indefinite.{kind}"] = 2
+    if negative == "kein":
+        objects = {f"No.{kind}": 1}
+    for symbol, weight in objects.items():
+        is_pronoun = symbol.startswith("Pronoun")
+        yield _Arguments(
+            verb,
+            share * weight / sum(objects.values()),
+            negative,
+            {"object": symbol},
+            english="{object.english}",
+            pronouns=phrase if is_pronoun else "",
+            phrases="" if is_pronoun else phrase,
+            fronted=phrase if symbol.startswith("Clear") else "",
+        )
 
 
 def _two_objects(share: float, negative: str) -> Iterator[_Arguments]:
-    verb = "Verb.ditransitive"
-    english = "{object.english} {verb.preposition} {person.english}"
-    if negative == "no":
-        objects = {"No.thing": 1.0}
-    elif negative == "nicht":
-        objects = {"Definite.thing": 1.0}
-    else:
-        objects = {"Definite.thing": 0.6, "Indefinite.thing": 0.4}
-    person, thing = "{person.dat}", "{object.acc}"
-    for symbol, part in objects.items():
-        children = {"person": "Pronoun.dat", "object": symbol}
+    things = {
+        "": {"Definite.thing": 0.6, "Indefinite.thing": 0.4},
+        "nicht": {"Definite.thing": 1.0},
+        "kein": {"No.thing": 1.0},
+    }[negative]
+    english = "{thing.english} {verb.preposition} {person.english}"
+    for symbol, weight in things.items():
         yield _Arguments(
-            verb, 0.3 * part * share, children, person, thing, english, negative=negative
+            "Verb.ditransitive",
+            0.3 * share * weight,
+            negative,
+            {"person": "Pronoun.dat", "thing": symbol},
+            english=english,
+            pronouns="{person.dat}",
+            phrases="{thing.acc}",
         )
-        children = {"person": "Clear.animate.dat", "object": symbol}
-        phrases = f"{person} {thing}"
         yield _Arguments(
-            verb, 0.7 * part * share, children, "", phrases, english, person, thing, negative
+            "Verb.ditransitive",
+            0.7 * share * weight,
+            negative,
+            {"person": "Clear.animate.dat", "thing": symbol},
+            english=english,
+            phrases="{person.dat} {thing.acc}",
+            fronted="{person.dat}",
+            rest="{thing.acc}",
         )
 
 
 def _clauses() -> Iterator[Rule]:
-    for arguments in _all_arguments():
-        for number, share in (("sg", 2), ("pl", 1)):
-            yield from _clauses_of(arguments, f"Subject.{number}", number, share)
-            if arguments.negative == "":
-                no = _NO_SUBJECT if arguments.children else _NO_SUBJECT + _NO_OBJECT
-                yield from _clauses_of(
-                    arguments, f"Nobody.{number}", number, share * no / _AFFIRMED
-                )
+    for arguments, (number, share) in product(_all_arguments(), (("sg", 2), ("pl", 1))):
+        subjects = {"Subject": 1.0}
+        if arguments.pronouns:  # they stand before a noun phrase, but after another pronoun
+            subjects = {"Phrase": 1 - _PERSONAL, "Personal": _PERSONAL}
+        if arguments.negative == "":
+            no_subject = _NO_SUBJECT if arguments.children else _NO_SUBJECT + _NO_OBJECT
+            subjects["Nobody"] = no_subject / _AFFIRMED
+        for subject, part in subjects.items():
+            weight = arguments.weight * share * part
+            yield from _clauses_of(arguments, f"{subject}.{number}", number, weight)
 
 
-def _clauses_of(arguments: _Arguments, subject: str, number: str, share: float) -> Iterator[Rule]:
-    """The clauses with these arguments and this subject: every tense, with adverb and without."""
+def _clauses_of(arguments: _Arguments, subject: str, number: str, weight: float) -> Iterator[Rule]:
+    """The clauses with these arguments and this subject: every tense, with adverb and without.
+
+    Fields: main (verb second), inverted (verb first, after a clause), final (verb last), english;
+    with an adverb also adverb_first and english_adverb_first.
+    """
     nicht = "nicht" if arguments.negative == "nicht" else ""
-    negated = arguments.negative != "" or subject.startswith("Nobody")
+    sign = -1 if arguments.negative or subject.startswith("Nobody") else 1
+    children = {"subject": subject, "verb": arguments.verb, **arguments.children}
     for tense in ("present", "perfect", "future"):
         verb = _predicate(number, tense, negated=nicht != "")
         english = f"{{subject.english}} {verb.english} {arguments.english}"
-        for adverb in ("", "{adverb.german}"):
-            middle = f"{arguments.pronouns} {adverb} {arguments.phrases} {nicht}"
-            first = f"{arguments.pronouns} {arguments.phrases} {nicht}"
-            main = f"{{subject.nom}} {verb.finite} {middle} {verb.end}"
-            fronted = (
-                f"{arguments.fronted} {verb.finite} {{subject.nom}} {adverb} {arguments.unfronted} "
-                f"{nicht} {verb.end}"
-            )
-            fields: dict[str, str | tuple[str, ...]] = {
-                "main": (main, fronted) if arguments.fronted else main,
-                "inverted": f"{verb.finite} {{subject.nom}} {middle} {verb.end}",
-                "final": f"{{subject.nom}} {middle} {verb.final}",
-                "english": english,
-            }
-            children = {"subject": subject, "verb": arguments.verb, **arguments.children}
-            symbol = "Clause"
-            if adverb:
-                symbol = "TimedClause"
-                children["adverb"] = f"Adverb.{tense}"
-                fields["english"] = f"{english} {{adverb.english}}"
-                fields["adverb_first"] = (
-                    f"{adverb} {verb.finite} {{subject.nom}} {first} {verb.end}"
-                )
-                fields["english_adverb_first"] = f"{{adverb.english}} {english}"
-            elif tense == "future":
-                continue
-            sign = -1 if negated else 1
-            yield Rule(symbol, arguments.weight * share, fields, children, sign)
+        if tense != "future":
+            fields = _orders(arguments, subject, verb, nicht, "") | {"english": english}
+            yield Rule("Clause", weight, fields, children, sign)
+        without = _orders(arguments, subject, verb, nicht, "")["inverted"]
+        fields = _orders(arguments, subject, verb, nicht, "{adverb.german}") | {
+            "adverb_first": f"{{adverb.german}} {without}",
+            "english": f"{english} {{adverb.english}}",
+            "english_adverb_first": f"{{adverb.english}} {english}",
+        }
+        timed = {**children, "adverb": f"Adverb.{tense}"}
+        yield Rule("TimedClause", weight, fields, timed, sign)
+
+
+def _orders(
+    arguments: _Arguments, subject: str, verb: _Predicate, nicht: str, adverb: str
+) -> dict[str, str | tuple[str, ...]]:
+    """The German word orders of a clause."""
+    who, pronouns = "{subject.nom}", arguments.pronouns
+    light = f"{who} {pronouns}" if subject.startswith("Personal") else f"{pronouns} {who}"
+    heavy = f"{adverb} {arguments.phrases} {nicht}"
+    main = f"{who} {verb.finite} {pronouns} {heavy} {verb.end}"
+    object_first = (
+        f"{arguments.fronted} {verb.finite} {who} {adverb} {arguments.rest} {nicht} {verb.end}"
+    )
+    return {
+        "main": (main, object_first) if arguments.fronted else main,
+        "inverted": f"{verb.finite} {light} {heavy} {verb.end}",
+        "final": f"{light} {heavy} {verb.final}",
+    }
+
+
+# The relative pronoun of each gender as the subject, and as an object where its form shows that it
+# is one.
+_RELATIVE = {
+    "m": {"nom": "der", "acc": "den", "dat": "dem"},
+    "f": {"nom": "die", "dat": "der"},
+    "n": {"nom": "das", "dat": "dem"},
+    "pl": {"nom": "die", "dat": "denen"},
+}
 
 
 def _relative_clauses() -> Iterator[Rule]:
     """Fields german and english of Relative.<gender>: the pronoun agrees with its noun."""
-    subjects = {"m": "der", "f": "die", "n": "das", "pl": "die"}
-    clear_objects = {"m": {"acc": "den", "dat": "dem"}, "f": {"dat": "der"}, "n": {"dat": "dem"}}
-    clear_objects["pl"] = {"dat": "denen"}
-    verbs = {"acc": "Verb.accusative", "dat": "Verb.dative"}
-    for gender in GENDERS:
-        number = "pl" if gender == "pl" else "sg"
-        for tense in ("present", "perfect"):
-            for nicht in ("", "nicht"):
-                verb = _predicate(number, tense, negated=nicht != "")
+    for gender, tense, nicht in product(GENDERS, ("present", "perfect"), ("", "nicht")):
+        symbol, pronoun = f"Relative.{gender}", _RELATIVE[gender]
+        verb = _predicate("pl" if gender == "pl" else "sg", tense, negated=nicht != "")
+        yield Rule(
+            symbol,
+            1,
+            {"german": f"{pronoun['nom']} {nicht} {verb.final}", "english": f"that {verb.english}"},
+            {"verb": "Verb.intransitive"},
+        )
+        for case, verb_symbol in (("acc", "Verb.accusative"), ("dat", "Verb.dative")):
+            yield Rule(
+                symbol,
+                1,
+                {
+                    "german": f"{pronoun['nom']} {{object.{case}}} {nicht} {verb.final}",
+                    "english": f"that {verb.english} {{object.english}}",
+                },
+                {"verb": verb_symbol, "object": "Definite.animate"},
+            )
+            if case in pronoun:
+                inner = _predicate("sg", tense, negated=nicht != "")
                 yield Rule(
-                    f"Relative.{gender}",
+                    symbol,
                     1,
                     {
-                        "german": f"{subjects[gender]} {nicht} {verb.final}",
-                        "english": f"that {verb.english}",
+                        "german": f"{pronoun[case]} {{subject.nom}} {nicht} {inner.final}",
+                        "english": f"that {{subject.english}} {inner.english}",
                     },
-                    {"verb": "Verb.intransitive"},
+                    {"verb": verb_symbol, "subject": "Definite.animate.sg"},
                 )
-                for case, symbol in verbs.items():
-                    yield Rule(
-                        f"Relative.{gender}",
-                        1,
-                        {
-                            "german": f"{subjects[gender]} {{object.{case}}} {nicht} {verb.final}",
-                            "english": f"that {verb.english} {{object.english}}",
-                        },
-                        {"verb": symbol, "object": "Definite.animate"},
-                    )
-                verb = _predicate("sg", tense, negated=nicht != "")
-                for case, pronoun in clear_objects[gender].items():
-                    yield Rule(
-                        f"Relative.{gender}",
-                        1,
-                        {
-                            "german": f"{pronoun} {{subject.nom}} {nicht} {verb.final}",
-                            "english": f"that {{subject.english}} {verb.english}",
-                        },
-                        {"verb": verbs[case], "subject": "Definite.animate.sg"},
-                    )
 
 
 # Noun phrases
 
 
 def _subjects() -> Iterator[Rule]:
-    """Fields nom and english of Subject.sg, Subject.pl, Nobody.sg, Nobody.pl."""
-    for number in ("sg", "pl"):
-        plain = {"nom": "{phrase.nom}", "english": "{phrase.english}"}
-        symbol = f"Subject.{number}"
-        yield Rule(symbol, 6, plain, {"phrase": f"Definite.animate.{number}"})
+    """Fields nom and english of Subject.<number>, which is a Phrase or Personal, and of Nobody."""
+    plain = {"nom": "{phrase.nom}", "english": "{phrase.english}"}
+    with_relative = {
+        "nom": "{phrase.nom} , {relative.german} ,",
+        "english": "{phrase.english} {relative.english}",
+    }
+    for number, genders in (("sg", ("m", "f", "n")), ("pl", ("pl",))):
+        yield Rule(f"Subject.{number}", 1 - _PERSONAL, plain, {"phrase": f"Phrase.{number}"})
+        yield Rule(f"Subject.{number}", _PERSONAL, plain, {"phrase": f"Personal.{number}"})
+        symbol, definite = f"Phrase.{number}", f"Definite.animate.{number}"
+        yield Rule(symbol, 6, plain, {"phrase": definite})
         yield Rule(symbol, 2, plain, {"phrase": f"Indefinite.animate.{number}"})
-        yield Rule(f"Nobody.{number}", 1, plain, {"phrase": f"No.animate.{number}"})
-        yield _with_thing(symbol, 1, f"Definite.animate.{number}", ("nom",))
-        for gender in GENDERS if number == "sg" else ("pl",):
-            if gender == "pl" and number == "sg":
-                continue
-            yield Rule(
-                symbol,
-                1 / 3 if number == "sg" else 1,
-                {
-                    "nom": "{phrase.nom} , {relative.german} ,",
-                    "english": "{phrase.english} {relative.english}",
-                },
-                {"phrase": f"Definite.animate.{gender}", "relative": f"Relative.{gender}"},
-            )
+        yield _with_thing(symbol, 1, definite, "nom")
+        for gender in genders:
+            children = {"phrase": f"Definite.animate.{gender}", "relative": f"Relative.{gender}"}
+            yield Rule(symbol, 1 / len(genders), with_relative, children)
         for words in SUBJECT_PRONOUNS[number]:
             german, english = words.split()
-            yield Rule(symbol, 1, {"nom": german, "english": english})
+            yield Rule(f"Personal.{number}", 1, {"nom": german, "english": english})
+        yield Rule(f"Nobody.{number}", 1, plain, {"phrase": f"No.animate.{number}"})
 
 
-def _with_thing(symbol: str, weight: float, phrase: str, cases: tuple[str, ...]) -> Rule:
+def _with_thing(symbol: str, weight: float, phrase: str, case: str) -> Rule:
     """A noun phrase followed by "mit" and a thing."""
-    fields = {case: f"{{phrase.{case}}} mit {{thing.dat}}" for case in cases}
-    fields["english"] = "{phrase.english} with {thing.english}"
+    fields = {
+        case: f"{{phrase.{case}}} mit {{thing.dat}}",
+        "english": "{phrase.english} with {thing.english}",
+    }
     return Rule(symbol, weight, fields, {"phrase": phrase, "thing": "Any.thing"})
 
 
 def _objects() -> Iterator[Rule]:
+    """Field <case> and english of Pronoun.<case> and of <Clear, Unclear>.<kind>.<case>.
+
+    Only an object whose article shows its case may stand first: the masculine accusative, and
+    every dative. These are the clear ones.
+    """
     for case, pronouns in OBJECT_PRONOUNS.items():
         for words in pronouns:
             german, english = words.split()
             yield Rule(f"Pronoun.{case}", 1, {case: german, "english": english})
-    # Only an object whose article shows its case may stand first: the masculine accusative, and
-    # every dative.
-    for kind in NOUNS:
-        for gender in GENDERS:
-            phrase, weight = f"Definite.{kind}.{gender}", _share(kind, gender)
-            acc = f"Clear.{kind}.acc" if gender == "m" else f"Unclear.{kind}.acc"
-            for symbol, case in ((acc, "acc"), (f"Clear.{kind}.dat", "dat")):
-                fields = {case: f"{{phrase.{case}}}", "english": "{phrase.english}"}
-                yield Rule(symbol, 6 * weight, fields, {"phrase": phrase})
-                if kind == "animate":
-                    yield _with_thing(symbol, weight, phrase, (case,))
+    for kind, case, gender in product(NOUNS, ("acc", "dat"), GENDERS):
+        clear = case == "dat" or gender == "m"
+        symbol = f"{'Clear' if clear else 'Unclear'}.{kind}.{case}"
+        phrase, weight = f"Definite.{kind}.{gender}", _share(kind, gender)
+        fields = {case: f"{{phrase.{case}}}", "english": "{phrase.english}"}
+        yield Rule(symbol, 6 * weight, fields, {"phrase": phrase})
+        if kind == "animate":
+            yield _with_thing(symbol, weight, phrase, case)
 
 
 def _noun_phrases() -> Iterator[Rule]:
@@ -356,8 +381,8 @@ def _noun_phrases() -> Iterator[Rule]:
         number = {"number": "Number"}
         symbol, german = f"Indefinite.{kind}.pl", ["{number.german}"] * 3
         yield from _determined(symbol, 1, german, "{number.english}", STRONG["pl"], number)
-        yield Rule("Any." + kind, 2, same, {"phrase": f"Definite.{kind}"})
-        yield Rule("Any." + kind, 1, same, {"phrase": f"Indefinite.{kind}"})
+        yield Rule(f"Any.{kind}", 2, same, {"phrase": f"Definite.{kind}"})
+        yield Rule(f"Any.{kind}", 1, same, {"phrase": f"Indefinite.{kind}"})
 
 
 def _determined(

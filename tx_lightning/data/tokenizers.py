@@ -146,9 +146,6 @@ class TokenizerTrainer(ABC):
         settings = json.loads(model.to_str())
         # The trainer also lists the special tokens as "added", to be searched for in all text.
         settings["added_tokens"] = []
-        if isinstance(trainer, trainers.UnigramTrainer):
-            n, vocabulary = len(_SPECIAL_ENTRIES), settings["model"]["vocab"]
-            vocabulary[n:] = sorted(vocabulary[n:], key=lambda entry: (-entry[1], entry[0]))
         return Tokenizer(json.dumps(settings, ensure_ascii=False, separators=(",", ":")))
 
     def _normalizer(self, *steps: normalizers.Normalizer) -> normalizers.Normalizer:

@@ -153,20 +153,16 @@ class Beam(Decoding):
             alive = survivors(alive, best.sound)
             rows = torch.arange(len(sentences), device=device)[:, None] * width + best.parents
             if not alive.all():
-                left = (~alive).nonzero()[:, 0].to(device)
-                kept = alive.nonzero()[:, 0].to(device)
+                left, kept = (which.nonzero()[:, 0].to(device) for which in (~alive, alive))
                 cut = Hypotheses(log_probs / penalties[length], log_probs, tokens)
                 results.append((sentences[left], finished.of(left), cut.of(left)))
                 if len(kept) == 0:
                     break
                 sentences, tokens, log_probs = sentences[kept], tokens[kept], log_probs[kept]
                 finished, rows = finished.of(kept), rows[kept]
-                newest = best.tokens[kept].flatten()
-            else:
-                newest = best.tokens.flatten()
-            if width > 1 or len(rows) < len(best.parents):
+            if width > 1 or not alive.all():
                 state.select(rows.flatten())
-            logits = step(newest, state)
+            logits = step(tokens[:, :, last].flatten(), state)
         return self._hypotheses(results, problem)
 
     def _hypotheses(

@@ -64,8 +64,7 @@ class RowSearch(Decoding):
             eos = problem.chosen_eos(newest, sentences, last)
             alive = survivors(~eos & (length < max_lengths[sentences]), chosen.isfinite())
             if not alive.all():
-                left = (~alive).nonzero()[:, 0].to(device)
-                kept = alive.nonzero()[:, 0].to(device)
+                left, kept = (which.nonzero()[:, 0].to(device) for which in (~alive, alive))
                 ended.append((rows[left], log_probs[left]))
                 if len(kept) == 0:
                     break
