@@ -150,10 +150,8 @@ def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
 
     assert main(go_on.split()[4:]) == 0
     assert not interrupted.exists()
-    assert main(["fit", "--config", base, "--name=whole", "--trainer.accumulate_grad=2"]) == 2
-    assert (
-        main(["fit", "--config", base, "--name=whole", "--trainer.accumulate_grad_batches=2"]) == 0
-    )
+    words = ["--name=whole", "--trainer.accumulate_grad_batches=2"]
+    assert main(["fit", "--config", base, *words]) == 0
     (whole,) = only_run("whole").glob("checkpoints/*.ckpt")
     assert torch.equal(weights(folder / "checkpoints" / whole.name), weights(whole))
 
@@ -358,3 +356,26 @@ def test_the_help_of_a_verb_has_its_options(verb: str, capsys: pytest.CaptureFix
 
 def test_the_version_is_that_of_the_project() -> None:
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_a_model_section_that_this_version_does_not_know_is_refused(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", base]) == 0
+    (path,) = only_run().glob("checkpoints/*.ckpt")
+    checkpoint = read_checkpoint(path)
+    checkpoint["tx_lightning"]["task"]["init_args"]["width"] = 3
+    torch.save(checkpoint, path)
+    capsys.readouterr()
+    assert main(["test", "--config", base, "--ckpt_path", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert "is not accepted" in said
+    assert "width" in said
+    words = ["test", "--config", base, "--ckpt_path", str(path), "--model_from", "config"]
+    assert main(words) == 0
+
+
+def test_options_cannot_be_abbreviated(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is read ahead of the parser, as --ckpt_path and --resume, has one spelling."""
+    assert main(["test", "--config", base, "--ckpt", base]) == 2
+    assert "there is no 'ckpt' (did you mean 'ckpt_path'?)" in capsys.readouterr().err

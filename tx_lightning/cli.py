@@ -6,6 +6,7 @@ cannot be set apart from them: the model's `vocab_size` from the data's, the dat
 `seed_everything`.
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -108,6 +109,14 @@ class CommandLine(LightningCLI):
             help="With --ckpt_path, whose model section holds where the two differ: agree is an "
             "error that lists the keys.",
         )
+        # For every verb, so that the file of an experiment serves them all.
+        parser.add_argument(
+            "--test_after",
+            type=bool,
+            default=False,
+            help="Whether fit goes on to test when training has ended: the averaged checkpoint "
+            "where there is one, else the best, else the last.",
+        )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Trainer, "trainer")
@@ -132,13 +141,6 @@ class CommandLine(LightningCLI):
                 default=None,
                 help="A run folder: go on in it, with its configuration, from its newest "
                 "checkpoint; what else is given here is merged on top.",
-            )
-            parser.add_argument(
-                "--test_after",
-                type=bool,
-                default=False,
-                help="Test when training has ended: the averaged checkpoint where there is one, "
-                "else the best, else the last.",
             )
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})
@@ -213,7 +215,14 @@ class CommandLine(LightningCLI):
         recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
         if recorded is None or section.model_from == "config":
             return
-        base = self.parser.parse_object({self.verb: {"model": recorded}}, self.config)
+        try:
+            base = self.parser.parse_object({self.verb: {"model": recorded}}, self.config)
+        except ArgumentError as error:
+            why = explain(str(error), [], self._parser(self.verb))
+            raise ConfigurationError(
+                f"the model section of checkpoint {shown(self.checkpoint)} is not accepted: {why}. "
+                "Keep your own with --model_from config"
+            ) from error
         theirs = self._plain(base)["model"]
         differing = differences(self._plain(self.config)["model"], theirs)
         vocabulary = recorded["init_args"].get("vocab_size")
@@ -253,8 +262,9 @@ class CommandLine(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / CHECKPOINTS)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        with contextlib.suppress(NotImplementedError):  # strategies that write files of their own
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.loggers and not trainer.fast_dev_run:
             trainer.loggers = [*trainer.loggers, MetricsFile(self.folder)]
         for logger in trainer.loggers:

@@ -85,7 +85,7 @@ def test_markup_brackets_and_scores(
     callback = SampleLogger(5)
     callback.on_validation_end(trainer(), task)
     printed = capsys.readouterr().out
-    assert "a [bold]house[/bold] is a house" in printed
+    assert printed.count("a [bold]house[/bold] is a house") == 2
     rows = lines(tmp_path / "samples" / "val.jsonl")
     for row, reference, hypothesis in zip(rows, references, hypotheses, strict=True):
         expected = sacrebleu.sentence_bleu(hypothesis, [reference]).score

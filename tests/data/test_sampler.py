@@ -75,6 +75,13 @@ def test_every_epoch_has_the_same_number_of_batches(
     assert len({len(plan_batches(source, target, BUDGET, seed, e)) for e in range(5)}) == 1
 
 
+def test_the_number_of_batches_does_not_hang_on_the_tie_break() -> None:
+    # Ties of the sort have sources of 20 to 23 tokens: 3 rows fit or 2.
+    source = np.random.default_rng(0).integers(20, 24, 300).astype(np.int32)
+    target = np.full(300, 5, dtype=np.int32)
+    assert len({len(plan_batches(source, target, BUDGET, 0, epoch)) for epoch in range(10)}) == 1
+
+
 def test_epochs_and_seeds_differ_in_batches_and_in_their_order() -> None:
     first = batches_of(plan_batches(*corpus(), BUDGET, 0, 0))
     assert first == batches_of(plan_batches(*corpus(), BUDGET, 0, 0))

@@ -181,7 +181,9 @@ def test_what_is_not_a_tokenizer_is_refused(text: str) -> None:
 
 
 def test_fingerprints_tell_kinds_and_settings_apart() -> None:
-    trainers = [kind(lowercase) for kind in KINDS for lowercase in (False, True)]
+    trainers: list[TokenizerTrainer] = []
+    for lowercase in (False, True):
+        trainers += [f(lowercase) for f in (ByteLevelBPE, Unigram, Words, Characters)]
     assert len({trainer.fingerprint() for trainer in trainers}) == len(trainers)
     assert Unigram().fingerprint() == Unigram().fingerprint()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tx_lightning.data.batches import TranslationBatch
 from tx_lightning.data.errors import DataError
-from tx_lightning.data.sources import ParallelSource
+from tx_lightning.data.sources import ParallelSource, TextPairs
 from tx_lightning.data.tokenizers import (
     BOS,
     EOS,
@@ -116,18 +116,14 @@ def test_a_step_counts_its_target_tokens() -> None:
 
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_evaluation_has_every_pair_once_with_its_text(split: str) -> None:
-    odd = [
-        ("", "nichts"),
-        ("one " * 300, "eins"),
-        ("one", ""),
-    ]  # The filter of training drops these.
+    # The filter of training drops these.
+    odd = [("", "nichts"), ("one " * 300, "eins"), ("one", "")]
     module = ready(data(source(**{split: VAL + odd}), max_length=10))
     loader = module.val_dataloader() if split == "val" else module.test_dataloader()
-    texts = {}
+    texts: dict[int, tuple[str, str]] = {}
     for batch in loader:
-        texts |= dict(
-            zip(batch.indices, zip(batch.source_text, batch.target_text, strict=True), strict=True)
-        )
+        pairs = zip(batch.source_text, batch.target_text, strict=True)
+        texts.update(zip(batch.indices, pairs, strict=True))
     assert [texts[i] for i in range(len(VAL) + 3)] == VAL + odd
 
 
@@ -269,17 +265,23 @@ def test_a_missing_split_is_named_with_those_that_exist() -> None:
 )
 def test_arguments_out_of_range_are_refused(argument: str, value: float) -> None:
     with pytest.raises(DataError, match=f"{argument} is {value}; it must be at least"):
-        data(**{argument: value})
+        data(None, **{argument: value})
 
 
 def test_a_budget_below_the_longest_pair_is_refused() -> None:
-    with pytest.raises(DataError, match="batch_tokens is 6, .* has 7 tokens .*max_length"):
+    with pytest.raises(DataError, match=r"batch_tokens is 6, .* has 7 tokens .*max_length"):
         ready(data(batch_tokens=6))
 
 
 def test_a_filter_that_keeps_nothing_is_refused() -> None:
-    with pytest.raises(DataError, match="no pair to train on: 0 pairs kept, 200 dropped"):
+    with pytest.raises(DataError, match="has no pairs: 0 pairs kept, 200 dropped"):
         ready(data(max_length=1))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_pairs_is_refused(split: str) -> None:
+    with pytest.raises(DataError, match=f"split '{split}' has no pairs"):
+        ready(data(source(**{split: []})))
 
 
 class Oversized(Words):
@@ -301,7 +303,7 @@ def test_a_damaged_tokenizer_is_refused() -> None:
     module = ready(data())
     (file,) = (module.cache / "tokenizers").glob("*/target.json")
     file.write_text("{")
-    with pytest.raises(DataError, match="is damaged .*; delete that folder"):
+    with pytest.raises(DataError, match=r"is damaged .*; delete that folder"):
         module.setup("fit")
 
 
@@ -312,7 +314,7 @@ def test_a_full_disk_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     module = data()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match="^cache_dir: no space left .*free some space"):
+        with pytest.raises(DataError, match=r"^cache_dir: no space left .*free some space"):
             module.prepare_data()
     assert len(ready(module).train_store) == 200
 
@@ -335,8 +337,6 @@ def test_a_checkpoint_of_another_tokenizer_is_refused() -> None:
 
 
 def test_text_files_and_bytes_work_from_end_to_end(tmp_path: Path) -> None:
-    from tx_lightning.data import TextPairs
-
     for name, side in (("en", 0), ("de", 1)):
         (tmp_path / name).write_text("".join(f"{pair[side]}\n" for pair in TRAIN))
     files = (str(tmp_path / "en"), str(tmp_path / "de"))
@@ -484,3 +484,15 @@ def test_a_run_resumes_after_an_epoch_cut_short(tmp_path: Path) -> None:
 
 def test_fewer_evaluation_batches_than_processes_is_no_error() -> None:
     assert data().allow_zero_length_dataloader_with_multiple_devices
+
+
+def test_a_line_of_a_million_characters_is_dropped_and_holds_nothing_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("de", "en"):
+        lines = [f"Satz {i} {side}" for i in range(20)] + ["x" * 1_000_000]
+        (tmp_path / f"train.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = (str(tmp_path / "train.de"), str(tmp_path / "train.en"))
+    module = ready(TranslationData(TextPairs(train=files, val=files), 300))
+    assert len(module.train_store) == 20
+    assert "1 dropped" in capsys.readouterr().err

@@ -37,6 +37,8 @@ from tx_lightning.data.tokenizers import (
     check_capacity,
 )
 
+_LEARNED_CHARACTERS = 5_000  # A text longer than that teaches a tokenizer nothing.
+
 
 class TranslationData(LightningDataModule):
     """Sentence pairs of a source, tokenized once, in batches of a budget of tokens.
@@ -158,9 +160,11 @@ class TranslationData(LightningDataModule):
             split: PairStore(self._store_folder(split, self.tokenizers))
             for split in self._splits(stage)
         }
+        for split, store in stores.items():
+            _check_not_empty(split, store)
         if self.train_split in stores:
             self.train_store = stores[self.train_split]
-            self._check_train_store()
+            self._check_budget()
         if self.val_split in stores:
             self.val_store = stores[self.val_split]
         if self.test_split in stores:
@@ -278,10 +282,12 @@ class TranslationData(LightningDataModule):
             (folder / f"{side}.json").write_text(text, encoding="utf-8")
 
     def _train_texts(self, sides: tuple[int, ...]) -> Iterator[str]:
+        """Texts to learn a vocabulary from; without very long ones, as learning is quadratic."""
         progress = Progress(f"learning the vocabulary from {self.train_split}")
         for pair in progress(self.source.pairs(self.train_split)):
             for side in sides:
-                yield pair[side]
+                if len(pair[side]) <= _LEARNED_CHARACTERS:
+                    yield pair[side]
 
     def _build_split(self, split: str, tokenizers: Tokenizers) -> None:
         def build(folder: Path) -> None:
@@ -318,17 +324,12 @@ class TranslationData(LightningDataModule):
         same = self.trainer.strategy.broadcast(ours) == ours
         if not self.trainer.strategy.reduce_boolean_decision(same):  # Raise on all ranks or none.
             raise DataError(
-                f"cache_dir: not all machines have the same tokenizer in {self.cache}; set cache_dir to "
-                "a folder that they share, or copy that of rank 0"
+                f"cache_dir: not all machines have the same tokenizer in {self.cache}; set "
+                "cache_dir to a folder that they share, or copy that of rank 0"
             )
 
-    def _check_train_store(self) -> None:
+    def _check_budget(self) -> None:
         store = self.train_store
-        if len(store) == 0:
-            raise DataError(
-                f"split {self.train_split!r} has no pair to train on: {store.counts}; raise "
-                "max_length or max_length_ratio, or look at the text"
-            )
         longest = 1 + max(int(store.source_lengths.max()), int(store.target_lengths.max()))
         if longest > self.batch_tokens:
             raise DataError(
@@ -389,3 +390,10 @@ class TranslationData(LightningDataModule):
 def _check_at_least(name: str, value: float, least: int) -> None:
     if value < least:
         raise DataError(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_not_empty(split: str, store: PairStore) -> None:
+    if len(store) == 0:
+        filtered = any(store.counts.dropped.values())
+        remedy = "raise max_length or max_length_ratio" if filtered else "look at its files"
+        raise DataError(f"split {split!r} has no pairs: {store.counts}; {remedy}")

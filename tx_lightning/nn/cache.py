@@ -5,6 +5,7 @@ Shapes: N rows being decoded, H heads, S positions so far, K head width.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 _FIRST_CAPACITY = 32  # positions; doubled each time it is full
@@ -41,15 +42,24 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows in place: row i becomes what row rows[i] was."""
-        if self._buffer is not None:
-            self._buffer = self._buffer.select(rows)
+        if self._buffer is None:
+            return
+        selected = self._empty(self._buffer.keys, len(rows), self._buffer.keys.shape[2])
+        for old, new in zip(self._buffer, selected, strict=True):  # what is filled, and no more
+            torch.index_select(
+                old[:, :, : self.length], 0, rows, out=new[:, :, : self.length]
+            )
+        self._buffer = selected
 
     def _grow(self, new: KeyValues, capacity: int) -> KeyValues:
-        n, h, _, k = new.keys.shape
-        grown = KeyValues(
-            new.keys.new_empty(n, h, capacity, k), new.values.new_empty(n, h, capacity, k)
-        )
+        grown = self._empty(new.keys, len(new.keys), capacity)
         if self._buffer is not None:
             for old, larger in zip(self._buffer, grown, strict=True):
                 larger[:, :, : self.length] = old[:, :, : self.length]
         return grown
+
+    @staticmethod
+    def _empty(like: Tensor, rows: int, capacity: int) -> KeyValues:
+        _, h, _, k = like.shape
+        keys, values = (like.new_empty(rows, h, capacity, k) for _ in range(2))
+        return KeyValues(keys, values)
