@@ -1,7 +1,6 @@
 """Every test runs on one thread, without a display, a network or the user's cache."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,20 +14,21 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test its own cache, its own W&B folder, a fixed seed and the default threads."""
     monkeypatch.setenv("TX_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    yield
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of the real data sets: $TX_LIGHTNING_DATA, or ../shared/data beside the project."""
+    """The folder of real data: $TX_LIGHTNING_DATA, or ../shared/data beside the project."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("TX_LIGHTNING_DATA", default))
     if not (folder / "multi30k").is_dir():
-        pytest.skip(f"no real data: set TX_LIGHTNING_DATA to a folder with multi30k ({folder} has none)")
+        pytest.skip(
+            f"no real data: set TX_LIGHTNING_DATA to a folder with multi30k ({folder} has none)"
+        )
     return folder

@@ -63,9 +63,7 @@ def test_there_are_experiments_and_overlays() -> None:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiment_runs(
-    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experiment_runs(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["fit", "--config", str(experiment), "--config", shrink(tmp_path), "--name", "x"]
     words += ["--trainer.accelerator", "cpu", "--test_after", "false"]

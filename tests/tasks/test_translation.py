@@ -1,4 +1,4 @@
-"""The translation task against hand-made sums, and its promises: exact loss, exact resume, files."""
+"""The translation task against hand-made sums: exact loss, exact resume, files."""
 
 import copy
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from tx_lightning.data.tokenizers import PAD, Words
 from tx_lightning.data.translation import TranslationData
 from tx_lightning.decoding import Beam, Greedy, Sampling
 from tx_lightning.models import EncoderDecoder
+from tx_lightning.nn.dropout import Dropout
 from tx_lightning.tasks import Translation
 
 NUMBERS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
@@ -135,7 +136,7 @@ def test_accumulated_parts_give_the_update_of_the_whole_step(parts: int, tmp_pat
         recorded = Gradients()
         task = make_task()
         for module in task.modules():
-            if hasattr(module, "p"):
+            if isinstance(module, Dropout):
                 module.p = 0.0
         trainer = make_trainer(
             tmp_path, max_steps=5, accumulate_grad_batches=accumulate, callbacks=[recorded]
@@ -154,7 +155,9 @@ def test_learns_and_scores_like_sacrebleu(tmp_path: Path) -> None:
     task = make_task(
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2), label_smoothing=0.0
     )
-    trainer = make_trainer(tmp_path, max_epochs=30, limit_val_batches=1.0, check_val_every_n_epoch=30)
+    trainer = make_trainer(
+        tmp_path, max_epochs=30, limit_val_batches=1.0, check_val_every_n_epoch=30
+    )
     data = make_data()
     trainer.fit(task, data)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -292,7 +295,7 @@ def test_bfloat16_trains_close_to_float32(tmp_path: Path) -> None:
         task = make_task(label_smoothing=0.0)
         trainer = make_trainer(tmp_path, max_steps=8, precision=precision)
         trainer.fit(task, make_data())
-        batch = next(iter(trainer.datamodule.train_dataloader()))
+        batch = next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
         with torch.no_grad():
             return float(task.eval()(batch).nll) / batch.target_tokens
 

@@ -46,9 +46,7 @@ class KeyValueCache:
             return
         selected = self._empty(self._buffer.keys, len(rows), self._buffer.keys.shape[2])
         for old, new in zip(self._buffer, selected, strict=True):  # what is filled, and no more
-            torch.index_select(
-                old[:, :, : self.length], 0, rows, out=new[:, :, : self.length]
-            )
+            torch.index_select(old[:, :, : self.length], 0, rows, out=new[:, :, : self.length])
         self._buffer = selected
 
     def _grow(self, new: KeyValues, capacity: int) -> KeyValues:

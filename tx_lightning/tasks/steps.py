@@ -1,4 +1,4 @@
-"""What every task does around an optimizer step: its parameter groups, its randomness, its clipping."""
+"""What every task does around an optimizer step: parameter groups, randomness, clipping."""
 
 import os
 from typing import Any
@@ -14,10 +14,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 def configure_optimizers(
     network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
 ) -> dict[str, Any]:
-    """Build the optimizer, with weight decay on matrices only, and a schedule stepped every step."""
+    """Build the optimizer, weight decay on matrices only, and a schedule stepped every step."""
     matrices = [p for p in network.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in network.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     built = optimizer([group for group in groups if group["params"]])
     if scheduler is None:
         return {"optimizer": built}
@@ -71,4 +74,6 @@ def clip_gradients(
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grad_value_(parameters, max_norm)
         return norm
-    return torch.nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+    return torch.nn.utils.clip_grad_norm_(
+        parameters, float("inf") if max_norm is None else max_norm
+    )

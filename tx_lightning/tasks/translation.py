@@ -116,7 +116,7 @@ class Translation(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the tokenizers of the data that the trainer was given."""
-        self.attach(self.trainer.datamodule.tokenizers)
+        self.attach(self.trainer.datamodule.tokenizers)  # type: ignore[attr-defined]
 
     def attach(self, tokenizers: Tokenizers) -> None:
         """Use these tokenizers.
@@ -205,7 +205,8 @@ class Translation(LightningModule):
         self.trainer.progress_bar_metrics["train/loss"] = metrics["train/loss"]
 
     def _logs_after(self, step: int) -> bool:
-        return step % max(1, self.trainer.log_every_n_steps) == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % max(1, every) == 0
 
     # Validation, test, prediction
 
@@ -233,9 +234,7 @@ class Translation(LightningModule):
         """Log test/loss, test/nll, test/perplexity, test/bleu and test/chrf."""
         self._log_scores("test", self.test_scores)
 
-    def _score(
-        self, batch: TranslationBatch, scores: _Scores, decoding: Decoding
-    ) -> list[Sample]:
+    def _score(self, batch: TranslationBatch, scores: _Scores, decoding: Decoding) -> list[Sample]:
         sums = self(batch)
         scores.loss.update(sums.loss, batch.target_tokens)
         scores.nll.update(sums.nll, batch.target_tokens)
@@ -255,14 +254,10 @@ class Translation(LightningModule):
             f"{split}/bleu": scores.bleu.compute(),
             f"{split}/chrf": scores.chrf.compute(),
         }
-        self.log_dict(values, prog_bar=split == "val")
-        for metric in scores.children():
+        # The metrics have added up all processes; the mean of equal numbers is that number.
+        self.log_dict(values, prog_bar=split == "val", sync_dist=True)
+        for metric in (scores.loss, scores.nll, scores.bleu, scores.chrf):
             metric.reset()
-
-    @property
-    def signatures(self) -> dict[str, str]:
-        """sacreBLEU's signatures, which belong beside the numbers."""
-        return {"bleu": self.val_scores.bleu.signature, "chrf": self.val_scores.chrf.signature}
 
     def predict_step(
         self, batch: TranslationBatch, batch_idx: int
@@ -349,7 +344,9 @@ class Translation(LightningModule):
         tokenizers = self._require_tokenizers()
         inputs = (batch.source, batch.target[:, :-1])
         labels = []
-        for source, target in zip(batch.source.tolist(), batch.target[:, :-1].tolist(), strict=True):
+        for source, target in zip(
+            batch.source.tolist(), batch.target[:, :-1].tolist(), strict=True
+        ):
             s = tokenizers.source.tokens([i for i in source if i != PAD])
             t = tokenizers.target.tokens([i for i in target if i != PAD])
             labels.append({"encoder.self": (s, s), "decoder.self": (t, t), "cross": (t, s)})
