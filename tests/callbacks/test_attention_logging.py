@@ -62,7 +62,7 @@ def test_all_layers_and_heads_after_each_validation_but_not_the_sanity_check(
     task: Translation, data: TranslationData, trainer: MakeTrainer, recorder: Any
 ) -> None:
     fit = trainer(
-        AttentionLogger([0], layers=None),
+        AttentionLogger([0], layers="all"),
         logger=recorder,
         limit_val_batches=1,
         val_check_interval=3,
@@ -80,7 +80,7 @@ def test_maps_have_a_label_for_each_row_and_column(
     fit = ready(trainer(), task, data)
     store = data.val_store
     examples = [int(store.source_lengths.argmin()), int(store.source_lengths.argmax())]
-    found = AttentionLogger(examples, layers=None)._record(fit, task)
+    found = AttentionLogger(examples, layers="all")._record(fit, task)
     for i, example in enumerate(examples):
         for kind in KINDS:
             maps = found[kind]
@@ -101,7 +101,7 @@ def test_chosen_layers_and_heads_are_those_of_all(
     task: Translation, data: TranslationData, trainer: MakeTrainer
 ) -> None:
     fit = ready(trainer(), task, data)
-    every = AttentionLogger([5], layers=None)._record(fit, task)["cross"]
+    every = AttentionLogger([5], layers="all")._record(fit, task)["cross"]
     chosen = AttentionLogger([5], layers=[-1], heads=[1])._record(fit, task)["cross"]
     assert (chosen.layers, chosen.heads) == ([1], [1])
     assert torch.equal(chosen.weights[0], every.weights[0][1:, 1:])

@@ -10,7 +10,7 @@ import tx_lightning.callbacks
 from tx_lightning.callbacks import AttentionLogger, CheckpointAveraging, LRWarmup, SampleLogger
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "AttentionLogger": {"examples": [3, 5], "layers": None, "heads": [0], "every_n_steps": 10},
+    "AttentionLogger": {"examples": [3, 5], "layers": "all", "heads": [0], "every_n_steps": 10},
     "CheckpointAveraging": {"n": 3, "best": "val/bleu"},
     "Goal": {"metric": "test/bleu", "at_least": 1.5},
     "LRWarmup": {"warmup_steps": 7},

@@ -294,7 +294,7 @@ def test_bfloat16_is_close_to_float32(positions: type[Positions], autocast: bool
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         narrow = model(SOURCE, TARGET)[real]
     assert narrow.dtype == torch.bfloat16
-    assert (narrow - wide).norm() < 0.03 * wide.norm()
+    assert (narrow - wide).norm() < 0.06 * wide.norm()
     narrow.float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

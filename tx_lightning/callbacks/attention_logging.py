@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ class AttentionLogger(Callback):
 
     Args:
         examples: Positions in the validation split.
-        layers: Layers to show, from 0; -1 is the last. null: all.
-        heads: Heads to show, from 0. null: all.
+        layers: Layers to show, from 0, and -1 for the last; or all.
+        heads: Heads to show, from 0; or all.
         every_n_steps: Log every so many optimizer steps. null: after each validation.
 
     Raises:
@@ -55,8 +55,8 @@ class AttentionLogger(Callback):
     def __init__(
         self,
         examples: Sequence[int] = (0, 1),
-        layers: Sequence[int] | None = (-1,),
-        heads: Sequence[int] | None = None,
+        layers: Sequence[int] | Literal["all"] = (-1,),
+        heads: Sequence[int] | Literal["all"] = "all",
         every_n_steps: int | None = None,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
@@ -65,8 +65,8 @@ class AttentionLogger(Callback):
                 "or null to log after each validation"
             )
         self.examples = list(examples)
-        self.layers = None if layers is None else list(layers)
-        self.heads = None if heads is None else list(heads)
+        self.layers = layers
+        self.heads = heads
         self.every_n_steps = every_n_steps
         self._step = 0  # the last optimizer step that was seen
 
@@ -78,14 +78,14 @@ class AttentionLogger(Callback):
                 f"AttentionLogger cannot draw the maps of a {type(pl_module).__name__}"
             )
         n_examples = len(trainer.datamodule.val_store)  # type: ignore[attr-defined]
-        _check("examples", self.examples, range(n_examples))
+        _chosen("examples", self.examples, range(n_examples))
         network = pl_module.network
         for names in _stacks(network).values():
-            _check("layers", self.layers or [], range(-len(names), len(names)))
+            _chosen("layers", self.layers, range(-len(names), len(names)))
             for name in names:
                 attention = network.get_submodule(name)
                 assert isinstance(attention, MultiHeadAttention)
-                _check("heads", self.heads or [], range(attention.n_heads))
+                _chosen("heads", self.heads, range(attention.n_heads))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None and not trainer.sanity_checking:
@@ -118,9 +118,8 @@ class AttentionLogger(Callback):
                 paths.append(folder / f"{kind}-example{example}-step{step}.png")
                 _save(draw(weights, labels, maps.layers, maps.heads, title), paths[-1])
             _log_images(trainer, kind, paths, self.examples, step)
-            rows = torch.cat(
-                [entropy(weights) for weights in maps.weights], dim=-1
-            )  # (L, H, all T)
+            # (L, H, T) of each example -> (L, H, all T)
+            rows = torch.cat([entropy(weights) for weights in maps.weights], dim=-1)
             for layer, of_layer in zip(maps.layers, rows.mean(-1).tolist(), strict=True):
                 for head, value in zip(maps.heads, of_layer, strict=True):
                     entropies[f"attention/{kind}/layer{layer}/head{head}/entropy"] = value
@@ -143,9 +142,10 @@ class AttentionLogger(Callback):
             ):
                 task.network(*inputs)
             for kind, names in _stacks(task.network).items():
-                layers = [i % len(names) for i in self.layers or range(len(names))]
+                numbers = _chosen("layers", self.layers, range(-len(names), len(names)))
+                layers = list(dict.fromkeys(i % len(names) for i in numbers))
                 weights = torch.cat([maps[names[layer]] for layer in layers])  # (L, H, T, S)
-                heads = self.heads or list(range(weights.shape[1]))
+                heads = _chosen("heads", self.heads, range(weights.shape[1]))
                 of_kind = found.setdefault(kind.replace(".", "_"), _Maps(layers, heads))
                 of_kind.weights.append(weights[:, heads].float().cpu())
                 of_kind.labels.append(labels[kind])
@@ -261,10 +261,19 @@ def _stacks(network: nn.Module) -> dict[str, list[str]]:
     return stacks
 
 
-def _check(name: str, chosen: Sequence[int], existing: range) -> None:
-    for number in chosen:
+def _chosen(name: str, chosen: Sequence[int] | Literal["all"], existing: range) -> list[int]:
+    """Return what was chosen of what exists.
+
+    Raises:
+        ValueError: When one does not exist.
+    """
+    if chosen == "all":
+        return [number for number in existing if number >= 0]
+    numbers = [int(number) for number in chosen]
+    for number in numbers:
         if number not in existing:
             raise ValueError(
-                f"{name}={list(chosen)} of AttentionLogger: there is no {number}, only "
+                f"{name}={numbers} of AttentionLogger: there is no {number}, only "
                 f"{existing.start} to {existing.stop - 1}"
             )
+    return numbers
