@@ -1,6 +1,8 @@
 """Every test runs on one thread, without a display, a network or the user's cache."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,12 +16,18 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test its own cache, its own W&B folder, a fixed seed and the default threads."""
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give each test its own cache, its own W&B folder, a fixed seed and one thread."""
     monkeypatch.setenv("TX_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    if "wandb" in sys.modules:
+        import wandb
+
+        if wandb.run is not None:  # a process has one; a test must not write to another's
+            wandb.finish()
 
 
 @pytest.fixture(scope="session")

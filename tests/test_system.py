@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = next(path for path in EXPERIMENTS if path.parent.name == "quickstart")
 
 
-STEPS = 50
+STEPS = 200
 DATA = ["--data.batch_tokens", "1024", "--data.source.n_train", "900"]
 
 
@@ -41,8 +41,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(folder)
     try:
         words = run_words(folder, "fit", *DATA, "--test_after", "false")
-        words += ["--trainer.max_steps", str(STEPS), "--trainer.max_epochs", "20"]
-        words += ["--trainer.val_check_interval", "25", "--trainer.log_every_n_steps", "1"]
+        words += ["--trainer.max_steps", str(STEPS), "--trainer.max_epochs", "90"]
+        words += ["--trainer.val_check_interval", "100", "--trainer.log_every_n_steps", "1"]
         assert main([*words, "--model.network.d_model", "32"]) == 0
     finally:
         os.chdir(before)
