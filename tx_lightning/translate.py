@@ -16,6 +16,7 @@ from tx_lightning.decoding import Decoding
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks import Translation
+from tx_lightning.tasks.translation import TextTooLong
 
 DESCRIPTION = """\
 Translate lines from standard input with a checkpoint alone. Line i of the output belongs to line i
@@ -48,7 +49,15 @@ def main(words: Sequence[str]) -> int:
     number = 0
     try:
         for texts in read_lines(sys.stdin.buffer, options.batch_size):
-            for hypotheses in task.translate(texts, decoding, options.batch_tokens):
+            try:
+                found = task.translate(texts, decoding, options.batch_tokens)
+            except TextTooLong as error:
+                line = number + error.index + 1
+                raise ValueError(
+                    f"standard input, line {line}: {error.tokens:,} tokens are too many for a "
+                    "sentence; the lines before this batch are translated"
+                ) from error
+            for hypotheses in found:
                 number += 1
                 for hypothesis in hypotheses if several else hypotheses[:1]:
                     rank = f"{number}\t{hypothesis.score:.4f}\t" if several else ""

@@ -496,3 +496,19 @@ def test_a_line_of_a_million_characters_is_dropped_and_holds_nothing_up(
     module = ready(TranslationData(TextPairs(train=files, val=files), 300))
     assert len(module.train_store) == 20
     assert "1 dropped" in capsys.readouterr().err
+
+
+def test_a_million_characters_in_evaluation_are_one_clear_line(tmp_path: Path) -> None:
+    for side in ("de", "en"):
+        lines = [f"Satz {i} {side}" for i in range(20)]
+        (tmp_path / f"train.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines[6] = "y " * 500_000
+        (tmp_path / f"val.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    files = [(str(tmp_path / f"{split}.de"), str(tmp_path / f"{split}.en")) for split in SPLITS]
+    data = TranslationData(TextPairs(train=files[0], val=files[1]), 300)
+    data.prepare_data()
+    with pytest.raises(DataError, match=r"split 'val': sentence 7 has [\d,]+ tokens, more than"):
+        data.setup("fit")
+
+
+SPLITS = ("train", "val")

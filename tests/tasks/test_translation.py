@@ -19,6 +19,7 @@ from tx_lightning.decoding import Beam, Greedy, Sampling
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.tasks import Translation
+from tx_lightning.tasks.translation import TextTooLong
 
 NUMBERS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -321,3 +322,12 @@ def test_attention_inputs_label_every_real_token(tmp_path: Path) -> None:
     assert rows[0] == "<s>"
     assert len(columns) == int((source[0] != PAD).sum())
     assert len(rows) == int((target[0] != PAD).sum())
+
+
+def test_a_text_of_a_million_characters_is_refused_before_anything_is_decoded() -> None:
+    data, task = make_data(), make_task()
+    data.prepare_data()
+    data.setup("fit")
+    task.attach(data.tokenizers)
+    with pytest.raises(TextTooLong, match=r"text 1 has 500,000 tokens"):
+        task.translate(["eins", "eins " * 500_000])

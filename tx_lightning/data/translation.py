@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -37,6 +38,7 @@ from tx_lightning.data.tokenizers import (
     check_capacity,
 )
 
+MOST_TOKENS = 10_000  # of a sentence in evaluation: attention is quadratic in them
 _LEARNED_CHARACTERS = 5_000  # A text longer than that teaches a tokenizer nothing.
 
 
@@ -162,6 +164,8 @@ class TranslationData(LightningDataModule):
         }
         for split, store in stores.items():
             _check_not_empty(split, store)
+            if split != self.train_split:
+                _check_lengths(f"split {split!r}", store)
         if self.train_split in stores:
             self.train_store = stores[self.train_split]
             self._check_budget()
@@ -172,6 +176,7 @@ class TranslationData(LightningDataModule):
         if stage in (None, "predict"):
             if self.predict_file is not None:
                 self.predict_store = PairStore(self._predict_folder(self.tokenizers))
+                _check_lengths(self.predict_file, self.predict_store)
             elif self.test_split in stores:
                 self.predict_store = self.test_store
         self.statistics |= self._describe(stores)
@@ -390,6 +395,17 @@ class TranslationData(LightningDataModule):
 def _check_at_least(name: str, value: float, least: int) -> None:
     if value < least:
         raise DataError(f"{name} is {value}; it must be at least {least}")
+
+
+def _check_lengths(name: str, store: PairStore) -> None:
+    """Refuse what would keep the evaluation of a whole split waiting for one sentence."""
+    lengths = np.maximum(store.source_lengths, store.target_lengths)
+    longest = int(lengths.argmax())
+    if lengths[longest] > MOST_TOKENS:
+        raise DataError(
+            f"{name}: sentence {longest + 1} has {lengths[longest]:,} tokens, more than the "
+            f"{MOST_TOKENS:,} that can be evaluated; split or remove it"
+        )
 
 
 def _check_not_empty(split: str, store: PairStore) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Adam, Optimizer
 from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import TranslationBatch, padded
 from tx_lightning.data.tokenizers import PAD, Tokenizers
+from tx_lightning.data.translation import MOST_TOKENS
 from tx_lightning.decoding import Beam, Decoding, Greedy
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
@@ -45,6 +46,23 @@ class Translated:
     score: float
     log_prob: float
     tokens: list[int]
+
+
+class TextTooLong(ValueError):
+    """A text has so many tokens that it would not be translated within reasonable time.
+
+    Attributes:
+        index: Its place among the texts.
+        tokens: Its tokens.
+    """
+
+    def __init__(self, index: int, tokens: int) -> None:
+        super().__init__(
+            f"text {index} has {tokens:,} tokens, more than the {MOST_TOKENS:,} that can be "
+            "translated: split it into sentences"
+        )
+        self.index = index
+        self.tokens = tokens
 
 
 @dataclass(frozen=True)
@@ -281,9 +299,15 @@ class Translation(LightningModule):
             texts: Raw source sentences; an empty one gives one empty hypothesis.
             decoding: How to search; `test_decoding` where None.
             batch_tokens: Source tokens, with padding, that are decoded at once.
+
+        Raises:
+            TextTooLong: When a text has more than 10,000 tokens.
         """
         tokenizers = self._require_tokenizers()
         sources = tokenizers.source.encode_batch(texts)
+        for i, ids in enumerate(sources):
+            if len(ids) > MOST_TOKENS:
+                raise TextTooLong(i, len(ids))
         results = [[Translated("", 0.0, 0.0, [])] for _ in texts]
         order = sorted(
             (i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(sources[i])
