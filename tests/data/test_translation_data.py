@@ -486,29 +486,29 @@ def test_fewer_evaluation_batches_than_processes_is_no_error() -> None:
     assert data().allow_zero_length_dataloader_with_multiple_devices
 
 
+def short_and_long(folder: Path, split: str, extra: list[str]) -> tuple[str, str]:
+    """Write the two files of a split, with further lines on both sides."""
+    for side in ("de", "en"):
+        lines = [f"Satz {i} {side}" for i in range(20)] + extra
+        text = "".join(f"{line}\n" for line in lines)
+        (folder / f"{split}.{side}").write_text(text, encoding="utf-8")
+    return str(folder / f"{split}.de"), str(folder / f"{split}.en")
+
+
 def test_a_line_of_a_million_characters_is_dropped_and_holds_nothing_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for side in ("de", "en"):
-        lines = [f"Satz {i} {side}" for i in range(20)] + ["x" * 1_000_000]
-        (tmp_path / f"train.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    files = (str(tmp_path / "train.de"), str(tmp_path / "train.en"))
-    module = ready(TranslationData(TextPairs(train=files, val=files), 300))
-    assert len(module.train_store) == 20
+    train = short_and_long(tmp_path, "train", ["x" * 1_000_000])
+    data = TranslationData(TextPairs(train=train, val=short_and_long(tmp_path, "val", [])), 300)
+    data.prepare_data()
+    data.setup("fit")
+    assert len(data.train_store) == 20
     assert "1 dropped" in capsys.readouterr().err
 
 
 def test_a_million_characters_in_evaluation_are_one_clear_line(tmp_path: Path) -> None:
-    for side in ("de", "en"):
-        lines = [f"Satz {i} {side}" for i in range(20)]
-        (tmp_path / f"train.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        lines[6] = "y " * 500_000
-        (tmp_path / f"val.{side}").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    files = [(str(tmp_path / f"{split}.de"), str(tmp_path / f"{split}.en")) for split in SPLITS]
-    data = TranslationData(TextPairs(train=files[0], val=files[1]), 300)
+    val = short_and_long(tmp_path, "val", ["y " * 500_000])
+    data = TranslationData(TextPairs(train=short_and_long(tmp_path, "train", []), val=val), 300)
     data.prepare_data()
-    with pytest.raises(DataError, match=r"split 'val': sentence 7 has [\d,]+ tokens, more than"):
+    with pytest.raises(DataError, match=r"split 'val': sentence 21 has [\d,]+ tokens, more than"):
         data.setup("fit")
-
-
-SPLITS = ("train", "val")
