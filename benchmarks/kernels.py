@@ -1,4 +1,4 @@
-"""Three CPU kernels of this package against torch's, in turns, in one process.
+"""The CPU kernels of this package against torch's, in turns, in one process.
 
     python benchmarks/kernels.py --threads 2
 
@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tx_lightning.losses import linear_cross_entropy
+from tx_lightning.nn.attention import fused_attention
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.linear import linear
 
 TOKENS, WIDTH, INNER, VOCABULARY = 4096, 128, 256, 10_000
+HEADS, LENGTH = 4, 16
 
 Kernel = Callable[..., Tensor]
 
@@ -43,8 +45,15 @@ def cases() -> list[tuple[str, Kernel, Kernel, list[Tensor]]]:
         for i, o in ((WIDTH, WIDTH), (WIDTH, 3 * WIDTH), (WIDTH, INNER), (INNER, WIDTH))
     ]
     targets = torch.randint(VOCABULARY, (TOKENS,))
+    heads = [normal(TOKENS // LENGTH, HEADS, LENGTH, WIDTH // HEADS) for _ in range(3)]
     return [
         *linears,
+        (
+            f"attention over {LENGTH} tokens",
+            lambda q, k, v: fused_attention(q, k, v, None, False, 0.0),
+            F.scaled_dot_product_attention,
+            heads,
+        ),
         (
             f"dropout 0.3 of {WIDTH}",
             Dropout(0.3),

@@ -14,6 +14,7 @@ import os
 import pkgutil
 import sys
 import warnings
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -450,6 +451,8 @@ def _silence_libraries() -> None:
     """Keep from the user what libraries say about each other, and about what we do on purpose."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls three
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    # Lightning 2.6 with torch 2.13, at every start; nothing a user could act on.
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     for message in (
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.13
         r"Checkpoint directory .* exists and is not empty",  # a run goes on in its folder

@@ -12,17 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.dropout import dropout
 from tx_lightning.nn.linear import Linear, linear
 from tx_lightning.nn.masks import causal_mask
 from tx_lightning.nn.positions import Positions
+
+_SHORT = 128  # queries or keys
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Tensor]
 
 
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, drop: float
 ) -> Tensor:
-    """Attend with torch's fused kernel: q (B, H, T, K), k and v (B, H, S, K) -> (B, H, T, K).
+    """Attend with the fastest kernel there is: q (B, H, T, K), k and v (B, H, S, K) -> q's shape.
+
+    That is torch's fused kernel; but on CPUs it takes one head of one sentence at a time, so that
+    two threads gain nothing on short ones, and `short_attention` takes over.
 
     Args:
         q: Queries.
@@ -30,11 +36,35 @@ def fused_attention(
         v: Values.
         mask: Boolean (True = may attend) or additive float, broadcasts to (B, H, T, S).
         causal: Whether query t sees keys up to t only; needs T = S and no mask.
-        dropout: Share of the attention weights that is dropped.
+        drop: Share of the attention weights that is dropped.
     """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout
-    )
+    short = max(q.shape[2], k.shape[2]) <= _SHORT and (mask is None or mask.dtype == torch.bool)
+    if short and q.device.type == "cpu" and q.dtype == torch.float32:
+        return short_attention(q, k, v, mask, causal, drop)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=drop)
+
+
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, drop: float
+) -> Tensor:
+    """Attend with two batched products over all heads and sentences; see `fused_attention`.
+
+    Only boolean masks; a query that may attend to nothing gets 0.
+    """
+    b, h, t, width = q.shape
+    q, k, v = (x.reshape(b * h, -1, width) for x in (q, k, v))
+    unused = q.new_empty(1, 1, 1)
+    scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
+    scores = scores.view(b, h, t, -1)
+    if causal:
+        scores = scores.masked_fill(~causal_mask(t, k.shape[1], q.device), -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)
+    if mask is not None:
+        weights = weights * mask  # changes nothing but the rows of queries that see no key
+    y = torch.bmm(dropout(weights, drop).view(b * h, t, -1), v)
+    return y.view(b, h, t, width)
 
 
 def naive_attention(

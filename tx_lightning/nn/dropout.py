@@ -28,15 +28,20 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.p)
-        y: Tensor = _CPUDropout.apply(x, self.p)  # type: ignore[no-untyped-call]
-        return y
+        return dropout(x, self.p) if self.training else x
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Drop, as `Dropout` does when training."""
+    if p == 0:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    y: Tensor = _CPUDropout.apply(x, p)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _CPUDropout(torch.autograd.Function):
