@@ -14,7 +14,6 @@ import os
 import pkgutil
 import sys
 import warnings
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
