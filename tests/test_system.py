@@ -208,3 +208,11 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path: Path, monkeypatch: 
     for name, tensor in states[0].items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_configuration_of_a_run_serves_other_verbs(checkpoint: Path, tmp_path: Path) -> None:
+    words = ["--config", str(checkpoint.parents[1] / "config.yaml"), "--trainer.callbacks", "null"]
+    assert main(["test", *words, "--ckpt_path", str(checkpoint), "--name", "again"]) == 0
+    (run,) = (tmp_path / "runs/again").iterdir()
+    assert "test/bleu" in last_values(run)

@@ -48,6 +48,7 @@ LINKS = {
     "data.init_args.vocab_size": "model.init_args.vocab_size",
     "seed_everything": "data.init_args.seed",
 }
+ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
 
 
@@ -309,6 +310,8 @@ class CommandLine(LightningCLI):
         config = self.config.clone()
         section = config[self.verb] if self.verb else config
         section.name = self._run_name()
+        for key in ONE_VERB:  # so that the file serves every verb
+            section.pop(key, None)
         parser = self._parser(self.verb)
         text = parser.dump(section, skip_unset=False, format="yaml")
         header = f"# tx-lightning {__version__}: {' '.join(sys.argv[1:])}\n"
