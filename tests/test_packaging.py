@@ -207,6 +207,13 @@ def test_the_console_script_exists() -> None:
     assert callable(vars(importlib.import_module(module))[function])
 
 
+@pytest.fixture(autouse=True)
+def _outside_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget that `make test` may be running: another make would print where it is."""
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_make_installs_once_and_again_after_a_change(tmp_path: Path) -> None:
     for name in ["Makefile", "pyproject.toml", "constraints.txt"]:
         (tmp_path / name).write_text((ROOT / name).read_text("utf-8"), "utf-8")
