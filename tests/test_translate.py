@@ -95,6 +95,13 @@ def test_another_search_is_named_by_its_class(verb: Any) -> None:
     status, lines, _ = verb(b"eins zwei\n", *words)
     assert (status, len(lines)) == (0, 2)
     assert verb(b"eins zwei\n", *words)[1] == lines
+    text = b"eins zwei\n" * 4
+    together, apart = (
+        [row.split("\t")[2] for row in verb(text, *words, "--batch_size", size)[1]]
+        for size in ("256", "1")
+    )
+    assert together == apart
+    assert len(set(together)) > 2  # each line has draws of its own
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def main(words: Sequence[str]) -> int:
     try:
         for texts in read_lines(sys.stdin.buffer, options.batch_size):
             try:
-                found = task.translate(texts, decoding, options.batch_tokens)
+                found = task.translate(texts, decoding, options.batch_tokens, first_index=number)
             except TextTooLong as error:
                 line = number + error.index + 1
                 raise ValueError(

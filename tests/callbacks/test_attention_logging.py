@@ -211,10 +211,15 @@ def test_a_long_sentence_is_cut_in_the_picture() -> None:
 
 
 def test_pyplot_is_not_touched(
-    task: Translation, data: TranslationData, trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    task: Translation,
+    data: TranslationData,
+    trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
     AttentionLogger([0])._log(ready(trainer(), task, data), task)
+    assert len(list((tmp_path / "attention").glob("*.png"))) == 3
 
 
 class Images(WandbLogger):

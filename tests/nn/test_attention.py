@@ -51,8 +51,11 @@ def attend(kernel: str, case: str, dtype: torch.dtype) -> list[Tensor]:
     return [y, *torch.autograd.grad((y * factors).sum(), (q, k, v))]
 
 
+@pytest.mark.parametrize("short", [0, 128], ids=["torch", "batched"])
 @pytest.mark.parametrize("case", CASES)
-def test_fused_equals_naive(case: str) -> None:
+def test_fused_equals_naive(case: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Which kernel: torch's for what is longer.
+    monkeypatch.setattr("tx_lightning.nn.attention._SHORT", short)
     fused, naive = (attend(kernel, case, torch.float32) for kernel in ("fused", "naive"))
     torch.testing.assert_close(fused, naive, rtol=1e-5, atol=1e-5)
 

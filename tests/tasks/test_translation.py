@@ -198,6 +198,19 @@ def test_a_translation_does_not_depend_on_its_batch(decoding: object, tmp_path: 
             assert [best[0].tokens for best in together] == [best[0].tokens for best in other]
 
 
+def test_what_is_sampled_does_not_depend_on_how_the_input_is_cut() -> None:
+    data, task = make_data(), make_task()
+    data.prepare_data()
+    data.setup("fit")
+    task.attach(data.tokenizers)
+    texts = [source for source, _ in Counting().pairs("test")][:6] * 2
+    whole = task.translate(texts, Sampling(seed=1))
+    assert whole[:6] != whole[6:]
+    halves = task.translate(texts[:6], Sampling(seed=1))
+    halves += task.translate(texts[6:], Sampling(seed=1), first_index=6)
+    assert [best[0].tokens for best in whole] == [best[0].tokens for best in halves]
+
+
 def test_translate_keeps_order_and_empty_lines(tmp_path: Path) -> None:
     data, task = make_data(), make_task()
     data.prepare_data()

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# One kernel is made per shape, 0.3 ms each; batches of an epoch have more shapes than the default
-# of 1024 keeps. Read by oneDNN at its first use.
+# One kernel is made per shape, which takes time, and the batches of an epoch have more shapes than
+# the default of 1024 keeps. Read by oneDNN at its first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 

@@ -292,6 +292,7 @@ class Translation(LightningModule):
         texts: Sequence[str],
         decoding: Decoding | None = None,
         batch_tokens: int = 4096,
+        first_index: int = 0,
     ) -> list[list[Translated]]:
         """Translate sentences: for each, in order, its hypotheses, the best first.
 
@@ -299,6 +300,8 @@ class Translation(LightningModule):
             texts: Raw source sentences; an empty one gives one empty hypothesis.
             decoding: How to search; `test_decoding` where None.
             batch_tokens: Source tokens, with padding, that are decoded at once.
+            first_index: The place of the first text in a longer input: what is sampled for a text
+                depends on its place, and not on how the input is cut.
 
         Raises:
             TextTooLong: When a text has more than 10,000 tokens.
@@ -317,7 +320,8 @@ class Translation(LightningModule):
             rows = max(1, batch_tokens // (len(sources[order[0]]) + 1))
             chosen, order = order[:rows], order[rows:]
             source = padded([sources[i] for i in chosen]).to(self.device)
-            found = self._search(source, decoding or self.test_decoding, chosen)
+            places = [first_index + i for i in chosen]
+            found = self._search(source, decoding or self.test_decoding, places)
             for i, hypotheses in zip(chosen, found, strict=True):
                 results[i] = hypotheses
         self.train(training)
