@@ -1,13 +1,15 @@
-"""A bare PyTorch loop that takes turns with `fit`: same process, network, data and batches.
+"""Other training loops that take turns with `fit` in the same process.
 
 On a shared machine two runs one after the other differ by more than what is to be measured, so the
-two alternate every few steps, and each turn of the one covers the very batches of the other's turn.
+two alternate every few steps. The bare PyTorch loop trains a copy of the same network, and each of
+its turns covers the very batches of the other's turn.
 """
 
 import copy
 import itertools
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from tx_lightning.data import TranslationData
 from tx_lightning.data.batches import TranslationBatch
-from tx_lightning.data.sampler import TokenBatchSampler
+from tx_lightning.data.sampler import StepSampler
 from tx_lightning.data.tokenizers import PAD
 from tx_lightning.losses import linear_cross_entropy
 from tx_lightning.tasks import Translation
 from tx_lightning.tasks.steps import configure_optimizers
 
 
-class BareLoop(Callback):
-    """Before each turn of `fit`, trains a copy of its network on the batches that come next.
+class Turns(Callback, ABC):
+    """Before each turn of `fit`, runs as many steps of another loop.
 
     A turn in which an epoch ends is left out on both sides: there `fit` validates and saves. The
     first turn warms both up and is left out too.
@@ -45,9 +47,12 @@ class BareLoop(Callback):
         self._last_bare = 0.0  # seconds of the bare turn before it
         self._epoch_ended = True  # the first turn does not count
 
+    @abstractmethod
+    def loop(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        """The other loop, one step at a time."""
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Translation)
-        self._loop = self._bare(trainer, pl_module)
+        self._loop = self.loop(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -76,8 +81,18 @@ class BareLoop(Callback):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _bare(self, trainer: Trainer, task: Translation) -> Iterator[None]:
-        """The loop that a person would write without a framework, one step at a time."""
+
+class BareLoop(Turns):
+    """The loop that a person would write without a framework, on a copy of a translation network.
+
+    Args:
+        turn: Steps of one turn.
+        results: JSON file for the seconds of each turn.
+    """
+
+    def loop(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        task = pl_module
+        assert isinstance(task, Translation)
         network = copy.deepcopy(task.network)
         device, clip = task.device, trainer.gradient_clip_val
         mixed = trainer.precision == "bf16-mixed"
@@ -107,7 +122,7 @@ def batches(data: TranslationData) -> Iterator[TranslationBatch]:
     """The training batches of all epochs, in the order of fit."""
     loader = data.train_dataloader()
     sampler = loader.batch_sampler
-    assert isinstance(sampler, TokenBatchSampler)
+    assert isinstance(sampler, StepSampler)
     for epoch in itertools.count():
         sampler.set_epoch(epoch)
         yield from loader

@@ -14,7 +14,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tx_lightning.__main__ import main as tx_lightning
@@ -37,22 +37,39 @@ def interval(fit: Sequence[float], bare: Sequence[float]) -> tuple[float, float]
     return draws[50], draws[-51]
 
 
-def measure(config: str, turn: int, turns: int, words: Sequence[str]) -> tuple[int, Path]:
-    """Run fit with the bare loop among its callbacks; return its status and the results' file."""
+def measure(
+    config: str,
+    turn: int,
+    turns: int,
+    words: Sequence[str],
+    *,
+    callback: str = "bare_loop.BareLoop",
+    options: Mapping[str, str] | None = None,
+) -> tuple[int, Path]:
+    """Run fit with another loop among its callbacks; return its status and the results' file."""
+    os.environ.setdefault("WANDB_MODE", "offline")
     folder = Path(tempfile.mkdtemp(prefix="fit_overhead_"))
     results = folder / "turns.json"
-    init_args = {"turn": turn, "results": str(results)}
-    callback = {"class_path": "bare_loop.BareLoop", "init_args": init_args}
+    init_args = {"turn": turn, "results": str(results), **(options or {})}
     status = tx_lightning(
         [
             *("fit", "--config", config, *words),
             *("--trainer.max_steps", str(turn * (turns + 1) + 1)),
             *("--trainer.limit_val_batches", "0"),
             *("--trainer.default_root_dir", str(folder / "run")),
-            f"--trainer.callbacks+={json.dumps(callback)}",
+            f"--trainer.callbacks+={json.dumps({'class_path': callback, 'init_args': init_args})}",
         ]
     )
     return status, results
+
+
+def read_turns(results: Path) -> tuple[list[float], list[float]]:
+    """The seconds of each turn of fit, and of the other loop."""
+    seconds = json.loads(results.read_text("utf-8"))
+    fit, bare = seconds["fit"], seconds["bare"]
+    if len(fit) < 2:
+        raise SystemExit("error: fewer than two turns lie inside an epoch: lower --turn")
+    return fit, bare
 
 
 def main() -> int:
@@ -62,16 +79,10 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=20, help="turns of fit, and of the bare loop")
     parser.add_argument("words", nargs="*", help="further words for fit, after --")
     arguments = parser.parse_args()
-    os.environ.setdefault("WANDB_MODE", "offline")
-
     status, results = measure(arguments.config, arguments.turn, arguments.turns, arguments.words)
     if status:
         return status
-    seconds = json.loads(results.read_text("utf-8"))
-    fit, bare = seconds["fit"], seconds["bare"]
-    if len(fit) < 2:
-        print("error: fewer than two turns lie inside an epoch: lower --turn", file=sys.stderr)
-        return 1
+    fit, bare = read_turns(results)
     low, high = interval(fit, bare)
     ratios = [f / b - 1 for f, b in zip(fit, bare, strict=True)]
     milliseconds = 1e3 / (len(fit) * arguments.turn)

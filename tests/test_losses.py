@@ -54,6 +54,68 @@ def test_equals_torch(dtype: torch.dtype, smoothing: float) -> None:
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.usefixtures("_chunks")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_equals_torch(dtype: torch.dtype, smoothing: float) -> None:
+    hidden, weight, targets = inputs(dtype)
+    bias = torch.randn(V, dtype=dtype, requires_grad=True)
+    result = linear_cross_entropy(hidden, weight, targets, smoothing, bias)
+    logits = hidden @ weight.t() + bias
+    loss = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="sum")
+    nll = F.cross_entropy(logits, targets, reduction="sum").detach()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for ours, theirs in [
+        (result.loss, loss),
+        (result.nll, nll),
+        (
+            torch.autograd.grad(result.loss * 3 / 7, (hidden, weight, bias)),
+            torch.autograd.grad(loss * 3 / 7, (hidden, weight, bias)),
+        ),
+    ]:
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_bias_alone_is_trained(smoothing: float) -> None:
+    hidden, weight, targets = (t.detach() for t in inputs(torch.float64))
+
+    def loss(bias: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, smoothing, bias).loss
+
+    assert torch.autograd.gradcheck(loss, torch.randn(V, dtype=torch.float64, requires_grad=True))
+
+
+def test_a_frozen_bias_acts_all_the_same() -> None:
+    hidden, weight, targets = inputs()
+    bias = torch.randn(V)
+    loss = linear_cross_entropy(hidden, weight, targets, 0.1, bias).loss
+    wider = torch.cat((weight, bias[:, None]), dim=1)
+    ones = torch.ones(N, 1)
+    expected = linear_cross_entropy(torch.cat((hidden, ones), dim=1), wider, targets, 0.1).loss
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, weight)),
+        torch.autograd.grad(expected, (hidden, weight)),
+    )
+
+
+def test_a_bias_in_bfloat16_and_autocast() -> None:
+    hidden, weight, targets = inputs()
+    bias = torch.randn(V, requires_grad=True)
+    logits = hidden @ weight.t() + bias
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.1, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, bias)
+    narrow = bias.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, targets, 0.1, bias).loss
+    half = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, 0.1, narrow).loss
+    for actual, leaf in ((loss, bias), (half, narrow)):
+        torch.testing.assert_close(actual, expected, rtol=0.03, atol=0.1)
+        (ours,) = torch.autograd.grad(actual, leaf)
+        assert ours.dtype == leaf.dtype
+        torch.testing.assert_close(ours.float(), gradient, rtol=0.03, atol=0.1)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradients_are_those_of_finite_differences(smoothing: float) -> None:
     hidden, weight, targets = inputs(torch.float64)
@@ -150,8 +212,10 @@ def test_without_gradients_only_the_logits_are_computed(
     monkeypatch.setattr(losses, "_matmul_transposed", counted)
     with context():
         result = linear_cross_entropy(hidden, weight, targets, 0.1)
-    assert shapes == [(N, V)]
+        biased = linear_cross_entropy(hidden, weight, targets, 0.1, torch.randn(V).requires_grad_())
+    assert shapes == [(N, V)] * 2
     assert not result.loss.requires_grad
+    assert not biased.loss.requires_grad
     torch.testing.assert_close(result.loss, expected.loss.detach())
     torch.testing.assert_close(result.nll, expected.nll)
 

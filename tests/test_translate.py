@@ -14,7 +14,7 @@ from tx_lightning.checkpoints import checkpoint_record, load_task, write_atomica
 from tx_lightning.data.tokenizers import Tokenizers, Words
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.tasks import Translation
-from tx_lightning.translate import read_lines
+from tx_lightning.text_verbs import read_lines
 
 WORDS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
 NETWORK = {"d_model": 8, "n_heads": 2, "n_encoder_layers": 1, "n_decoder_layers": 1, "d_ff": 8}
@@ -107,7 +107,7 @@ def test_another_search_is_named_by_its_class(verb: Any) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--beam_sise", "3"], "--beam_sise: there is no 'beam_sise'"),
+        (["--beam_sise", "3"], "--beam_sise: there is no 'beam_sise' (did you mean 'beam_size'?)"),
         (["--decoding", "Beem"], "there is no class 'Beem' (did you mean 'Beam'?)"),
         (["--beam_size", "many"], "many is not int"),
         (["--device", "abacus"], "--device abacus: there is no such device"),

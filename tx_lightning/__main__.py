@@ -13,6 +13,7 @@ VERBS = {
     "test": "score a checkpoint on the test split",
     "predict": "write the hypotheses of a checkpoint to the run folder, in input order",
     "translate": "translate lines from standard input with a checkpoint, and nothing else",
+    "generate": "continue prompts with the checkpoint of a language model",
     "average": "average the weights of several checkpoints into one",
 }
 

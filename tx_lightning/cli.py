@@ -39,10 +39,13 @@ from tx_lightning.checkpoints import (
     read_checkpoint,
 )
 from tx_lightning.configuration import differences, given, without_option
+from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError, one_line
 from tx_lightning.loggers import MetricsFile, WandB
+from tx_lightning.pretrained import Pretrained, initialize, tokenizers_of
 from tx_lightning.runs import CHECKPOINTS, CONFIG, is_first_process, run_folder, shown
+from tx_lightning.tasks.task import Task
 
 LINKS = {
     "data.init_args.vocab_size": "model.init_args.vocab_size",
@@ -111,6 +114,13 @@ class CommandLine(LightningCLI):
             "error that lists the keys.",
         )
         # For every verb, so that the file of an experiment serves them all.
+        parser.add_argument(
+            "--pretrained",
+            type=str | None,
+            default=None,
+            help="A checkpoint whose weights fit starts from, wherever name and shape agree, and "
+            "whose tokenizers the data use.",
+        )
         parser.add_argument(
             "--test_after",
             type=bool,
@@ -322,6 +332,30 @@ class CommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if isinstance(self.model, Rebuildable):
             self.model.settings = self._plain(self.config)["model"]
+        path = self._section().pretrained
+        if path is not None:
+            self._start_from(Path(path))
+
+    def _start_from(self, path: Path) -> None:
+        """Use the tokenizers of a pretrained checkpoint, and its weights unless training goes on.
+
+        Where a checkpoint of this run is given, it has both, and the pretrained one is not needed.
+        """
+        data, task = self.datamodule, self.model
+        if not (isinstance(data, TextData) and isinstance(task, Task)):
+            raise ConfigurationError(
+                "pretrained needs a task and data of this package, not "
+                f"{type(task).__name__} and {type(data).__name__}"
+            )
+        if self.checkpoint is not None:
+            checkpoint = read_checkpoint(self.checkpoint, lazily=True)
+            data.given_tokenizers = tokenizers_of(self.checkpoint, checkpoint)
+            return
+        pretrained = Pretrained.read(path)
+        data.given_tokenizers = pretrained.tokenizers
+        report = initialize(task, pretrained)
+        if is_first_process():
+            print(f"pretrained from {shown(path.absolute())}: {report}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
@@ -431,6 +465,10 @@ def run(words: Sequence[str]) -> int:
 def _dispatch(words: Sequence[str]) -> int:
     if words[0] == "translate":
         from tx_lightning.translate import main
+
+        return main(words[1:])
+    if words[0] == "generate":
+        from tx_lightning.generate import main
 
         return main(words[1:])
     if words[0] == "average":

@@ -22,9 +22,12 @@ BEST = {
     "val/bleu": "max",
     "val/chrf": "max",
     "val/accuracy": "max",
+    "val/macro_f1": "max",
     "val/loss": "min",
     "val/nll": "min",
     "val/perplexity": "min",
+    "val/bits_per_byte": "min",
+    "val/excess_nats": "min",
 }
 
 

@@ -1,22 +1,17 @@
 """`tx-lightning translate CHECKPOINT`: lines on standard input become lines on standard output."""
 
-import os
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from queue import Queue
-from typing import BinaryIO
+from collections.abc import Sequence
 
-import torch
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from tx_lightning.callbacks.predictions import one_line_of
 from tx_lightning.checkpoints import load_task
 from tx_lightning.decoding import Decoding
-from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks import Translation
 from tx_lightning.tasks.translation import TextTooLong
+from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
 
 DESCRIPTION = """\
 Translate lines from standard input with a checkpoint alone. Line i of the output belongs to line i
@@ -24,7 +19,7 @@ of the input, an empty one to an empty one; what has been read is translated at 
 used in a pipe or by hand. Several hypotheses of a line (n_best, n_samples) are written one per
 line, as number of the input line, score and text, separated by tabs."""
 
-SHORT = ("beam_size", "n_best", "length_penalty")  # --beam_size 5 is --decoding.beam_size 5
+SHORT = dict.fromkeys(("beam_size", "n_best", "length_penalty"), "Beam")
 BEAM = {"class_path": "tx_lightning.decoding.Beam"}
 
 
@@ -41,13 +36,15 @@ def main(words: Sequence[str]) -> int:
     task = load_task(words[0])
     if not isinstance(task, Translation):
         raise ConfigurationError(f"{words[0]} holds a {type(task).__name__}, not a Translation")
-    options = _parse(parser, words, task)
+    arguments = task.settings["init_args"] if task.settings else {}
+    own = arguments.get("test_decoding") or arguments.get("decoding") or BEAM
+    options = parse_words(parser, words, own=own, short=SHORT)
     decoding = parser.instantiate(options).decoding
-    task.to(_device(options.device))
+    task.to(device_named(options.device))
     arguments = options.decoding.init_args
     several = max(arguments.get("n_best", 1), arguments.get("n_samples", 1)) > 1
     number = 0
-    try:
+    with quiet_when_closed():
         for texts in read_lines(sys.stdin.buffer, options.batch_size):
             try:
                 found = task.translate(texts, decoding, options.batch_tokens, first_index=number)
@@ -63,8 +60,6 @@ def main(words: Sequence[str]) -> int:
                     rank = f"{number}\t{hypothesis.score:.4f}\t" if several else ""
                     sys.stdout.write(rank + one_line_of(hypothesis.text) + "\n")
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader, as `head`, has had enough; nor is there more to flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -93,67 +88,3 @@ def _parser() -> ArgumentParser:
         help="cpu, cuda, cuda:1; auto: a GPU if any.",
     )
     return parser
-
-
-def _parse(parser: ArgumentParser, words: Sequence[str], task: Translation) -> Namespace:
-    """Parse the words on top of the checkpoint's own way of decoding."""
-    arguments = task.settings["init_args"] if task.settings else {}
-    own = arguments.get("test_decoding") or arguments.get("decoding") or BEAM
-    short = [word for word in words if word.lstrip("-").split("=")[0] in SHORT]
-    if short and own["class_path"].rpartition(".")[2] != "Beam":
-        own = BEAM
-    parser.set_defaults({"decoding": own})
-    words = [word.replace("--", "--decoding.", 1) if word in short else word for word in words]
-    try:
-        return parser.parse_args(words)
-    except ArgumentError as error:
-        raise ConfigurationError(explain(str(error), words, parser)) from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigurationError(f"--device {name}: there is no such device") from error
-
-
-def read_lines(stream: BinaryIO, most: int) -> Iterator[list[str]]:
-    """Lines of a stream as they come: all that wait to be read, but not more than `most` at once.
-
-    Raises:
-        ValueError: When a line is not UTF-8; the lines before it are returned first.
-    """
-    waiting: Queue[bytes | None] = Queue(maxsize=4 * most)
-
-    def fill() -> None:
-        for line in stream:
-            waiting.put(line)
-        waiting.put(None)
-
-    threading.Thread(target=fill, daemon=True).start()
-    number = 0
-    while lines := _take(waiting, most):
-        texts: list[str] = []
-        for line in lines:
-            number += 1
-            try:
-                texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError as error:
-                yield texts
-                raise ValueError(f"standard input, line {number}: not UTF-8 ({error})") from error
-        yield texts
-
-
-def _take(waiting: "Queue[bytes | None]", most: int) -> list[bytes]:
-    """Wait for a line, and take with it those that wait already; none at the end."""
-    lines: list[bytes] = []
-    line = waiting.get()
-    while line is not None:
-        lines.append(line)
-        if len(lines) == most or waiting.empty():
-            return lines
-        line = waiting.get()
-    waiting.put(None)  # the end is there again for the next call
-    return lines

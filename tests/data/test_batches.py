@@ -73,7 +73,7 @@ def test_a_batch_moves_to_a_device_whole(store: PairStore) -> None:
 
 def test_padded() -> None:
     assert padded([[7, 8], []]).tolist() == [[7, 8, EOS], [EOS, PAD, PAD]]
-    assert padded([[7, 8], []], first=BOS).tolist() == [[BOS, 7, 8, EOS], [BOS, EOS, PAD, PAD]]
+    assert padded([[7, 8], []], start=True).tolist() == [[BOS, 7, 8, EOS], [BOS, EOS, PAD, PAD]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -135,12 +136,12 @@ def test_a_key_depends_on_all_that_the_content_depends_on() -> None:
         store_key("f", BOTH, None),
         store_key("g", BOTH, None),
         store_key("f", other, None),
-        store_key("f", BOTH, PairFilter(5)),
-        store_key("f", BOTH, PairFilter(6)),
-        store_key("f", BOTH, PairFilter(5, 2.0)),
+        store_key("f", BOTH, asdict(PairFilter(5))),
+        store_key("f", BOTH, asdict(PairFilter(6))),
+        store_key("f", BOTH, asdict(PairFilter(5, 2.0))),
     ]
     assert len(set(keys)) == len(keys)
-    assert store_key("f", BOTH, PairFilter(5)) == keys[3]
+    assert store_key("f", BOTH, asdict(PairFilter(5))) == keys[3]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -9,12 +11,23 @@ VOCAB = 6
 
 
 def best(
-    network: Network, sentence: int, *, max_length: int, strength: float, n: int
+    network: Network,
+    sentence: int,
+    *,
+    max_length: int,
+    strength: float,
+    n: int,
+    prefix: Sequence[int] = (),
 ) -> list[tuple[list[int], float]]:
     """Score everything there is: finished ones by score, then the cut ones by score."""
+    allowed = list(range(3, VOCAB))
     scored = [
-        (finished, log_prob / length_penalty(len(tokens) + finished, strength), tokens)
-        for tokens, log_prob, finished in network.every(sentence, list(range(3, VOCAB)), max_length)
+        (
+            finished,
+            log_prob / length_penalty(len(tokens) - len(prefix) + finished, strength),
+            tokens,
+        )
+        for tokens, log_prob, finished in network.every(sentence, allowed, max_length, prefix)
     ]
     scored.sort(reverse=True)
     return [(tokens, score) for _, score, tokens in scored[:n]]
@@ -33,6 +46,31 @@ def test_wide_beam_is_exhaustive_search(seed: int, strength: float, dtype: torch
         expected = best(network, sentence, max_length=length, strength=strength, n=7)
         assert [h.tokens for h in found[sentence]] == [tokens for tokens, _ in expected]
         assert [h.score for h in found[sentence]] == pytest.approx([s for _, s in expected])
+
+
+@pytest.mark.parametrize("prefixes", [[[], [4], [4, 3, 5]], [[3, 5], [4, 4], [3, 5, 2, 4]]])
+@pytest.mark.parametrize("strength", [0.0, 0.6, 3.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_wide_beam_is_exhaustive_search_for_what_follows_a_prefix(
+    seed: int, strength: float, prefixes: list[list[int]]
+) -> None:
+    network = Network(VOCAB, dtype=torch.float64, seed=seed)
+    lengths = [len(prefix) + free for prefix, free in zip(prefixes, [5, 2, 4], strict=True)]
+    for beam_size, n in [(324, 7), (40, 1)]:  # the second prunes earlier, and loses nothing here
+        beam = Beam(beam_size=beam_size, n_best=n, length_penalty=strength)
+        found = beam(
+            network.step,
+            network.start([0, 1, 2]),
+            None,
+            prefixes,
+            max_lengths=torch.tensor(lengths),
+        )
+        for sentence, (prefix, length) in enumerate(zip(prefixes, lengths, strict=True)):
+            expected = best(
+                network, sentence, max_length=length, strength=strength, n=n, prefix=prefix
+            )
+            assert [h.tokens for h in found[sentence]] == [tokens for tokens, _ in expected]
+            assert [h.score for h in found[sentence]] == pytest.approx([s for _, s in expected])
 
 
 def test_the_exhaustive_best_differ_in_length_with_the_penalty() -> None:

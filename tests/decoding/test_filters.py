@@ -106,8 +106,8 @@ def test_min_p_compares_with_the_most_probable(dtype: torch.dtype) -> None:
 def test_ban_and_force() -> None:
     log_probs = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]])
     ban(log_probs, [0])
-    force(log_probs, torch.tensor([-1, 0]), torch.tensor([-9.0, -0.5]))
-    assert log_probs.tolist() == [[-math.inf, -2.0, -3.0], [-0.5, -math.inf, -math.inf]]
+    force(log_probs, torch.tensor([-1, 0]))
+    assert log_probs.tolist() == [[-math.inf, -2.0, -3.0], [0.0, -math.inf, -math.inf]]
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -75,6 +75,30 @@ def test_draws_depend_on_seed_index_and_number_of_the_sample_only() -> None:
     assert len({tuple(h.tokens) for h in several}) > 3
 
 
+def test_draws_belong_to_positions_in_the_row_prefix_included() -> None:
+    # What follows depends on nothing: with a prefix of two tokens the draws of places 2 to 9 are
+    # the same as without, whatever the longest prefix and the longest row of the batch are.
+    step = table_step(lambda sentence, tokens: [0.0, 0.0, 0.0, 0.4, 0.6])
+    sampling = Sampling(n_samples=2, length_penalty=0)
+
+    def texts(prefixes: list[list[int]], max_lengths: list[int]) -> set[tuple[int, ...]]:
+        found = sampling(
+            step,
+            start(len(prefixes)),
+            None,
+            prefixes,
+            max_lengths=torch.tensor(max_lengths),
+            indices=[5, 6, 7][: len(prefixes)],
+        )
+        return {tuple(h.tokens) for h in found[0]}
+
+    free = {tokens[2:] for tokens in texts([[]], [10])}
+    assert len(free) == 2
+    for others, lengths in [([], []), ([[3] * 4], [14]), ([[3] * 7, [4]], [8, 20])]:
+        found = texts([[4, 4], *others], [10, *lengths])
+        assert {tokens[2:] for tokens in found} == free
+
+
 def test_equal_sentences_of_different_index_draw_differently() -> None:
     step = table_step(lambda sentence, tokens: FOLLOW)
     found = Sampling()(step, start(2), torch.tensor([10, 10]))

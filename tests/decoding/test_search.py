@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from tests.decoding.toy import EOS, Network, start, table_step
+from tests.decoding.toy import BOS, EOS, Network, NetworkState, start, table_step
 from tx_lightning.decoding import (
     Beam,
     Decoding,
@@ -94,9 +94,10 @@ def test_log_prob_is_the_models_own_and_score_divides_it(decoding: Decoding) -> 
             (h.score for h in group if h.finished), reverse=True
         )
         for h in group:
-            expected = network.log_prob(sentence, h.tokens, ends=h.finished)
+            given = len(PREFIXES[sentence]) if i < 8 else 0
+            expected = network.log_prob(sentence, h.tokens, given=given, ends=h.finished)
             assert h.log_prob == pytest.approx(expected, abs=1e-9)
-            length = len(h.tokens) + h.finished
+            length = len(h.tokens) - given + h.finished
             assert h.score == pytest.approx(h.log_prob / ((5 + length) / 6) ** 0.6, abs=1e-9)
 
 
@@ -114,6 +115,91 @@ def test_a_shared_prefix_is_decoded_with_one_row_per_sentence(decoding: Decoding
     state = network.start([0, 1])
     decoding(network.step, state, torch.tensor([9, 9]), [[4, 5, 6], [7, 8, 3, 4]])
     assert state.row_counts[:4] == [2, 2, 2, 2]
+    assert state.row_counts[4] > 2 or isinstance(decoding, Greedy)
+
+
+PROMPTS = [[4], [5, 4, 8], [3, 3], [6, 7, 7, 7, 5, 3], [8, 4], [4, 4, 4], [7, 3], [5, 8, 5, 8, 5]]
+
+
+def complete(
+    decoding: Decoding,
+    network: Network,
+    sentences: list[int],
+    *,
+    prefill: bool = True,
+    bos_id: int | None = None,
+) -> tuple[list[list[Hypothesis]], NetworkState]:
+    """Go on after the prompts, at most six tokens; also return the state."""
+    state = network.start(sentences)
+    found = decoding(
+        network.step,
+        state,
+        None,
+        [PROMPTS[i] for i in sentences],
+        max_lengths=torch.tensor([len(PROMPTS[i]) + 6 for i in sentences]),
+        indices=sentences,
+        prefill=network.prefill if prefill else None,
+        bos_id=bos_id,
+    )
+    return found, state
+
+
+@pytest.mark.parametrize("bos_id", [None, BOS])
+@pytest.mark.parametrize("decoding", strategies(filters=[NoRepeatNgram(3)]))
+def test_a_prefilled_prompt_goes_on_like_one_fed_token_by_token(
+    decoding: Decoding, bos_id: int | None
+) -> None:
+    network = Network(VOCAB, dtype=torch.float32, seed=7)
+    for sentences, shared in [([*range(8)], 1), ([3, 7, 1, 5], 3), ([7], 5)]:
+        found, state = complete(decoding, network, sentences, bos_id=bos_id)
+        plain, stepped = complete(decoding, network, sentences, prefill=False, bos_id=bos_id)
+        assert found == plain
+        assert state.prefilled == [shared + (bos_id is not None)]
+        assert stepped.prefilled == []
+        assert stepped.row_counts == [len(sentences)] * state.prefilled[0] + state.row_counts
+
+
+@pytest.mark.parametrize("decoding", strategies(filters=[NoRepeatNgram(3)]))
+def test_what_a_prompt_becomes_does_not_depend_on_the_others(decoding: Decoding) -> None:
+    network = Network(VOCAB, dtype=torch.float32, seed=7)
+    alone = [complete(decoding, network, [i])[0][0] for i in range(8)]
+    assert len({len(found[0].tokens) for found in alone}) > 2
+    for order in [[7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 7, 5], [3, 7]]:
+        assert complete(decoding, network, order)[0] == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("decoding", strategies())
+def test_without_bos_the_prompt_is_all_there_is_before(decoding: Decoding) -> None:
+    network = Network(VOCAB, dtype=torch.float64, seed=3)
+    found, _ = complete(decoding, network, [*range(8)])
+    for sentence, group in enumerate(found):
+        for h in group:
+            given = len(PROMPTS[sentence])
+            assert h.tokens[:given] == PROMPTS[sentence]
+            expected = network.log_prob(sentence, h.tokens, given=given, bos=False, ends=h.finished)
+            assert h.log_prob == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("decoding", strategies())
+def test_what_shall_never_come_does_not_come(decoding: Decoding) -> None:
+    network = Network(VOCAB, dtype=torch.float32, seed=3)
+    found = decoding(
+        network.step, network.start([*range(8)]), torch.tensor(LENGTHS), never=[3, EOS]
+    )
+    for length, group in zip(LENGTHS, found, strict=True):
+        assert all(3 not in h.tokens for h in group)
+        assert [(len(h.tokens), h.finished) for h in group] == [(2 * length + 1, False)] * len(
+            group
+        )
+
+
+@pytest.mark.parametrize("decoding", strategies())
+def test_an_impossible_prompt_is_followed_all_the_same(decoding: Decoding) -> None:
+    step = table_step(lambda sentence, tokens: [0.0, 0.0, 0.4, 0.6, 0.0])
+    found = decoding(step, start(2), None, [[4, 4], []], max_lengths=torch.tensor([3, 3]))
+    assert all(h.tokens[:2] == [4, 4] for h in found[0])
+    for h in found[0]:
+        assert h.log_prob == pytest.approx(math.log(0.6 if h.tokens[2:] == [3] else 0.4))
 
 
 @pytest.mark.parametrize(
@@ -289,5 +375,9 @@ def test_impossible_calls_are_refused() -> None:
         Greedy()(step, start(2), lengths, [[3], [8]], vocabulary_size=8)
     with pytest.raises(ValueError, match="max_lengths: 2 leaves no token after a prefix of 2"):
         Greedy()(step, start(2), None, [[], [3, 3]], max_lengths=torch.tensor([2, 2]))
+    with pytest.raises(ValueError, match="that of sentence 1 is empty and bos_id is None"):
+        Greedy()(step, start(2), lengths, [[3], []], bos_id=None)
+    with pytest.raises(ValueError, match="that of sentence 0 is empty and bos_id is None"):
+        Greedy()(step, start(2), lengths, bos_id=None)
     with pytest.raises(ValueError, match="max_length_ratio must be at least 0; it is -1"):
         Greedy(max_length_ratio=-1)

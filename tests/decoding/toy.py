@@ -1,6 +1,6 @@
 """Toy step functions: a table that a test can write by hand and a small recurrent network."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,8 +51,17 @@ def table_step(
 
 @dataclass
 class NetworkState:
-    hidden: Tensor  # (N, D)
+    """The state of a recurrent network.
+
+    Attributes:
+        hidden: (N, D).
+        row_counts: N at each step.
+        prefilled: T of each call of `prefill`.
+    """
+
+    hidden: Tensor
     row_counts: list[int] = field(default_factory=list)
+    prefilled: list[int] = field(default_factory=list)
 
     def select(self, rows: Tensor) -> None:
         self.hidden = self.hidden[rows]
@@ -84,17 +93,39 @@ class Network:
         logits: Tensor = (state.hidden[:, :, None] * self.output).sum(dim=1) + self.bias
         return logits
 
-    def log_prob(self, sentence: int, tokens: list[int], *, ends: bool = True) -> float:
-        """Score tokens by teacher forcing."""
+    def prefill(self, tokens: Tensor, state: NetworkState) -> Tensor:
+        state.prefilled.append(tokens.shape[1])
+        for column in tokens.unbind(1):
+            logits = self.step(column, state)
+        del state.row_counts[-tokens.shape[1] :]  # these were no steps of the search
+        return logits
+
+    def log_prob(
+        self,
+        sentence: int,
+        tokens: list[int],
+        *,
+        given: int = 0,
+        bos: bool = True,
+        ends: bool = True,
+    ) -> float:
+        """Score tokens by teacher forcing, those after the first `given`."""
         state, total = self.start([sentence]), 0.0
         outputs = [*tokens, EOS] if ends else tokens
-        for given, wanted in zip([BOS, *outputs], outputs, strict=False):
-            logits = self.step(torch.tensor([given]), state)
-            total += float(logits.log_softmax(dim=1)[0, wanted])
+        inputs = [BOS, *outputs] if bos else outputs
+        for i, newest in enumerate(inputs[:-1]):
+            logits = self.step(torch.tensor([newest]), state)
+            place = i if bos else i + 1  # of what comes next
+            if place >= given:
+                total += float(logits.log_softmax(dim=1)[0, outputs[place]])
         return total
 
     def every(
-        self, sentence: int, allowed: list[int], max_length: int
+        self,
+        sentence: int,
+        allowed: list[int],
+        max_length: int,
+        prefix: Sequence[int] = (),
     ) -> Iterator[tuple[list[int], float, bool]]:
         """Yield (tokens, log probability, finished) of everything the search could end in."""
 
@@ -110,4 +141,8 @@ class Network:
                 branch = NetworkState(state.hidden)
                 yield from grow(branch, token, [*tokens, token], total + log_probs[token])
 
-        yield from grow(self.start([sentence]), BOS, [], 0.0)
+        state = self.start([sentence])
+        *fed, newest = BOS, *prefix
+        for token in fed:
+            self.step(torch.tensor([token]), state)
+        yield from grow(state, newest, list(prefix), 0.0)

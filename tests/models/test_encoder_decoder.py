@@ -2,12 +2,18 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MarianConfig, MarianMTModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+)
 
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.nn import (
@@ -20,6 +26,7 @@ from tx_lightning.nn import (
     RotaryPositions,
     SinusoidalPositions,
     SwiGLUFeedForward,
+    SwishFeedForward,
     T5RelativePositions,
     record_attention,
 )
@@ -38,7 +45,7 @@ SCHEMES = [
     T5RelativePositions,
 ]
 NORMS = [nn.LayerNorm, nn.RMSNorm]
-FEED_FORWARDS = [ReLUFeedForward, GELUFeedForward, SwiGLUFeedForward]
+FEED_FORWARDS = [ReLUFeedForward, GELUFeedForward, SwishFeedForward, SwiGLUFeedForward]
 
 SOURCE = torch.tensor([[7, 5, 9, 4, 2], [3, 8, 2, 0, 0], [6, 2, 0, 0, 0]])
 TARGET = torch.tensor([[1, 9, 4, 12, 8, 3], [1, 6, 6, 0, 0, 0], [1, 11, 3, 5, 0, 0]])
@@ -94,16 +101,35 @@ def marian(*, shared: bool, activation: str) -> MarianMTModel:
     for name, parameter in model.named_parameters():
         if "embed_positions" not in name:
             nn.init.normal_(parameter, std=0.3)
+    nn.init.normal_(model.final_logits_bias)
     return model
 
 
 def like_marian(model: MarianMTModel, feed_forward: FeedForwardFactory) -> EncoderDecoder:
-    """Build our network with Marian's weights and its table of positions (sines, then cosines)."""
+    """Build our network with Marian's weights; its table of positions is sines, then cosines."""
+    state = from_hugging_face(model)
+    for stack in ("encoder", "decoder"):
+        del state[f"{stack}.embed_positions.weight"]
+    ours = network(
+        n_decoder_layers=3,
+        positions=partial(SinusoidalPositions, layout="halves"),
+        feed_forward=feed_forward,
+        share_embeddings=model.config.share_encoder_decoder_embeddings,
+        output_bias=True,
+    )
+    ours.load_state_dict(state)
+    return ours
+
+
+def from_hugging_face(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a Marian or BART model under our names."""
     state = rename(
         {key.removeprefix("model."): value for key, value in model.state_dict().items()},
         {
             "encoder.embed_tokens": "source_embedding.tokens",
             "decoder.embed_tokens": "target_embedding.tokens",
+            "encoder.layernorm_embedding": "source_embedding.norm",
+            "decoder.layernorm_embedding": "target_embedding.norm",
             "lm_head": "output",
             "self_attn.out_proj": "self_attention.output",
             "encoder_attn.out_proj": "cross_attention.output",
@@ -126,27 +152,14 @@ def like_marian(model: MarianMTModel, feed_forward: FeedForwardFactory) -> Encod
         parts = [state.pop(key.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
         joint = key.replace("q_proj", "input").replace("self_attn", "self_attention")
         state[joint.replace("encoder_attn", "cross_attention")] = torch.cat(parts)
-    table = state.pop("encoder.embed_positions.weight")
-    state.pop("decoder.embed_positions.weight")
     state.pop("shared.weight", None)
-    assert not state.pop("final_logits_bias").any()
-
-    class MarianPositions(Positions):
-        def embed(self, x: Tensor, start: int = 0) -> Tensor:
-            return x + table[start : start + x.shape[1]]
-
-    ours = network(
-        n_decoder_layers=3,
-        positions=MarianPositions,
-        feed_forward=feed_forward,
-        share_embeddings=model.config.share_encoder_decoder_embeddings,
-    )
-    ours.load_state_dict(rename(state, {"DECODER": "decoder", "ENCODER": "encoder"}))
-    return ours
+    state["output.bias"] = state.pop("final_logits_bias")[0]
+    return rename(state, {"DECODER": "decoder", "ENCODER": "encoder"})
 
 
 @pytest.mark.parametrize(
-    ("activation", "feed_forward"), [("relu", ReLUFeedForward), ("gelu", GELUFeedForward)]
+    ("activation", "feed_forward"),
+    [("relu", ReLUFeedForward), ("gelu", GELUFeedForward), ("swish", SwishFeedForward)],
 )
 @pytest.mark.parametrize("shared", [True, False])
 def test_logits_equal_marian(
@@ -159,6 +172,53 @@ def test_logits_equal_marian(
     ).logits
     real = TARGET != PAD
     torch.testing.assert_close(ours(SOURCE, TARGET)[real], expected[real], rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        state, logits = ours.start(SOURCE), ours(SOURCE, TARGET)
+        for t, tokens in enumerate(TARGET.t()):
+            stepped = ours.step(tokens, state)
+            torch.testing.assert_close(stepped, logits[:, t], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_logits_equal_bart(scale: bool) -> None:
+    """BART has a norm on each stack's embeddings, a bias on the logits, and leaves scaling open."""
+    config = BartConfig(
+        vocab_size=V,
+        d_model=D,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=H,
+        decoder_attention_heads=H,
+        encoder_ffn_dim=FF,
+        decoder_ffn_dim=FF,
+        activation_function="gelu",
+        dropout=0.0,
+        scale_embedding=scale,
+        max_position_embeddings=32,
+        pad_token_id=PAD,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    theirs = BartForConditionalGeneration(config)
+    for parameter in [*theirs.parameters(), theirs.final_logits_bias]:
+        nn.init.normal_(parameter, std=0.3)
+    state = from_hugging_face(theirs)
+    for stack in ("encoder", "decoder"):  # the first two rows are never used
+        state[f"{stack}.positions.table"] = state.pop(f"{stack}.embed_positions.weight")[2:]
+    ours = network(
+        positions=partial(LearnedPositions, max_length=32),
+        feed_forward=GELUFeedForward,
+        scale_embeddings=scale,
+        embedding_norm=nn.LayerNorm,
+        output_bias=True,
+    )
+    ours.load_state_dict(state)
+    expected = theirs(
+        input_ids=SOURCE, attention_mask=(SOURCE != PAD).long(), decoder_input_ids=TARGET
+    ).logits
+    torch.testing.assert_close(ours(SOURCE, TARGET), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -432,6 +492,13 @@ def test_base_model_has_the_size_of_the_paper() -> None:
     assert count(model) == closed_form(37_000, 512, 2048, 6, 6) == 63_082_496
 
 
+def test_big_model_has_the_size_of_the_paper() -> None:
+    """Vaswani et al. 2017, table 3, says 213 million for "about 37,000" word pieces."""
+    with torch.device("meta"):
+        model = EncoderDecoder(37_000, d_model=1024, n_heads=16, d_ff=4096)
+    assert count(model) == closed_form(37_000, 1024, 4096, 6, 6) == 214_245_376
+
+
 def test_tiny_model() -> None:
     with torch.device("meta"):
         model = EncoderDecoder(
@@ -508,11 +575,46 @@ def test_forward_is_hidden_times_output_weight() -> None:
     torch.testing.assert_close(model(SOURCE, TARGET), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_embeddings_are_scaled() -> None:
-    model = network(positions=NoPositions)
+@pytest.mark.parametrize(("scale", "factor"), [(True, 4), (False, 1)])  # sqrt(D)
+def test_embeddings_are_scaled(scale: bool, factor: int) -> None:
+    model = network(positions=NoPositions, scale_embeddings=scale)
     ids = torch.tensor([[4]])
-    embedded = model.target_embedding(ids, model.decoder.positions)
-    torch.testing.assert_close(embedded, 4 * model.target_embedding.tokens(ids))  # sqrt(D)
+    for embedding in (model.source_embedding, model.target_embedding):
+        embedded = embedding(ids, model.decoder.positions)
+        torch.testing.assert_close(embedded, factor * embedding.tokens(ids))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_each_stack_has_its_own_embedding_norm(share: bool) -> None:
+    """After the positions and before dropout."""
+    settings: dict[str, Any] = {"share_embeddings": share, "positions": LearnedPositions}
+    model = network(embedding_norm=nn.RMSNorm, **settings)
+    assert count(model) == count(network(**settings)) + 2 * D
+    for embedding, stack in (
+        (model.source_embedding, model.encoder),
+        (model.target_embedding, model.decoder),
+    ):
+        summed = stack.positions.embed(4 * embedding.tokens(SOURCE))
+        expected = embedding.norm(summed)
+        torch.testing.assert_close(embedding(SOURCE, stack.positions), expected)
+        embedding.dropout.p = 0.5
+        dropped = embedding(SOURCE, stack.positions)
+        kept = dropped != 0
+        torch.testing.assert_close(dropped[kept], 2 * expected[kept], rtol=1e-4, atol=1e-4)
+        assert 0.3 < kept.float().mean() < 0.7
+
+
+def test_the_bias_of_the_logits() -> None:
+    model = network(output_bias=True)
+    assert count(model) == count(network()) + V
+    hidden = model.hidden(SOURCE, TARGET)
+    assert model.output_bias is not None
+    expected = hidden @ model.output_weight.t() + model.output_bias
+    torch.testing.assert_close(model(SOURCE, TARGET), expected, rtol=1e-5, atol=1e-5)
+    assert network().output_bias is None
+    assert EncoderDecoder(
+        V, d_model=D, n_heads=H, output_bias=True
+    ).output.bias.unique().tolist() == [0]
 
 
 def test_dropout_acts_in_training_only() -> None:

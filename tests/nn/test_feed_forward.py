@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tx_lightning.nn import GELUFeedForward, ReLUFeedForward, SwiGLUFeedForward
+from tx_lightning.nn import (
+    GELUFeedForward,
+    ReLUFeedForward,
+    SwiGLUFeedForward,
+    SwishFeedForward,
+)
 
-CLASSES = [ReLUFeedForward, GELUFeedForward, SwiGLUFeedForward]
+CLASSES = [ReLUFeedForward, GELUFeedForward, SwishFeedForward, SwiGLUFeedForward]
 
 
 @pytest.mark.parametrize(
@@ -18,11 +23,13 @@ CLASSES = [ReLUFeedForward, GELUFeedForward, SwiGLUFeedForward]
         (ReLUFeedForward(8, 12), lambda x: x.clamp(min=0)),
         (GELUFeedForward(8, 12), lambda x: x * torch.special.ndtr(x)),
         (GELUFeedForward(8, 12, approximate="tanh"), lambda x: F.gelu(x, approximate="tanh")),
+        (SwishFeedForward(8, 12), lambda x: x / (1 + (-x).exp())),
     ],
-    ids=["relu", "gelu", "gelu-tanh"],
+    ids=["relu", "gelu", "gelu-tanh", "swish"],
 )
 def test_one_activation_between_two_matrices(
-    block: ReLUFeedForward | GELUFeedForward, activation: Callable[[Tensor], Tensor]
+    block: ReLUFeedForward | GELUFeedForward | SwishFeedForward,
+    activation: Callable[[Tensor], Tensor],
 ) -> None:
     nn.init.normal_(block.inner.bias)
     nn.init.normal_(block.outer.bias)

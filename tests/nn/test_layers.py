@@ -171,6 +171,23 @@ def test_every_combination_trains_all_its_parameters(
         assert parameter.grad.count_nonzero() > 0, name
 
 
+def test_attention_without_biases() -> None:
+    layer = EncoderLayer(
+        D,
+        H,
+        FF,
+        dropout=0.0,
+        attention_dropout=0.0,
+        pre_norm=True,
+        norm=nn.LayerNorm,
+        feed_forward=ReLUFeedForward,
+        bias=False,
+    )
+    missing, unexpected = layer.load_state_dict(encoder_layer().state_dict(), strict=False)
+    assert missing == []
+    assert unexpected == ["self_attention.input.bias", "self_attention.output.bias"]
+
+
 def test_residual_equations() -> None:
     x = torch.randn(B, T, D)
     for pre_norm in (False, True):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from tx_lightning.nn import (
@@ -50,6 +51,34 @@ def test_sinusoids_of_odd_width() -> None:
     odd = SinusoidalPositions(7, 1, True).embed(torch.zeros(1, 9, 7))[0]
     assert odd.shape == (9, 7)
     assert odd[0].tolist() == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_sinusoids_in_halves() -> None:
+    """All sines, then all cosines: the same columns in another order."""
+    x = torch.zeros(1, 60, 8)
+    interleaved = SinusoidalPositions(8, 2, True).embed(x)
+    halves = SinusoidalPositions(8, 2, True, layout="halves").embed(x)
+    assert torch.equal(halves, interleaved[..., [0, 2, 4, 6, 1, 3, 5, 7]])
+    odd = SinusoidalPositions(7, 1, True, layout="halves").embed(x[..., :7])[0]
+    assert odd[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_sinusoids_in_halves_equal_marian() -> None:
+    for width in (8, 7):
+        theirs = MarianSinusoidalPositionalEmbedding(60, width)
+        ours = SinusoidalPositions(width, 1, True, layout="halves").embed(torch.zeros(1, 60, width))
+        torch.testing.assert_close(ours[0], theirs.create_weight(), rtol=0, atol=1e-5)
+
+
+def test_an_unknown_layout_of_sinusoids() -> None:
+    with pytest.raises(ValueError, match="interleaved or halves; it is 'mixed'"):
+        SinusoidalPositions(8, 2, True, layout="mixed")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_only_learned_positions_have_a_longest_length(scheme: type[Positions]) -> None:
+    assert scheme(8, 2, True).max_length == (1024 if scheme is LearnedPositions else None)
+    assert LearnedPositions(8, 2, True, max_length=5).max_length == 5
 
 
 def test_sinusoids_have_no_longest_length() -> None:

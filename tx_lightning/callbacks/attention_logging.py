@@ -10,22 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 
 from tx_lightning.callbacks.modes import mode
-from tx_lightning.data.batches import PairBatches
-from tx_lightning.data.sampler import Share
+from tx_lightning.data.module import TextData
 from tx_lightning.nn.attention import MultiHeadAttention, record_attention
-from tx_lightning.tasks.translation import Translation
+from tx_lightning.tasks.task import Labels, Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Labels = tuple[list[str], list[str]]  # the tokens of the rows and of the columns
 
 _NAME = re.compile(r"(?:(\w+)\.)?layers\.\d+\.(self|cross)_attention")
 _MOST_TOKENS = 100  # of a side in a picture; a longer sentence is cut there
@@ -33,12 +29,13 @@ _TOKEN, _LETTER = 0.17, 0.065  # inches for a cell and for a letter of a label
 
 
 class AttentionLogger(Callback):
-    """Draw what a few validation sentences attend to: encoder self, decoder self, and cross.
+    """Draw what a few validation examples attend to, with whatever attention the network has.
 
     At its log points, and at no other time, the first process runs the examples through the naive
-    attention kernel, in evaluation mode. For each example and kind (`encoder_self`, `decoder_self`,
-    `cross`) a picture of layers by heads, queries down and keys across, goes to `attention/` in the
-    run folder, and to Weights & Biases and TensorBoard where they are loggers. The mean entropy of
+    attention kernel, in evaluation mode. For each example and kind (of a translation model
+    `encoder_self`, `decoder_self` and `cross`, of a language model `self`, of a classifier
+    `encoder_self`) a picture of layers by heads, queries down and keys across, goes to `attention/`
+    in the run folder, and to Weights & Biases and TensorBoard where they are loggers. The mean entropy of
     the rows of each chosen head, in nats, is logged as
     `attention/<kind>/layer<i>/head<j>/entropy`: 0 attends to one token, log S to all alike.
 
@@ -73,12 +70,11 @@ class AttentionLogger(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
             return
-        if not isinstance(pl_module, Translation):
+        if not isinstance(pl_module, Task):
             raise ValueError(
                 f"AttentionLogger cannot draw the maps of a {type(pl_module).__name__}"
             )
-        n_examples = len(trainer.datamodule.val_store)  # type: ignore[attr-defined]
-        _chosen("examples", self.examples, range(n_examples))
+        _chosen("examples", self.examples, range(_data(trainer).n_examples))
         network = pl_module.network
         for names in _stacks(network).values():
             _chosen("layers", self.layers, range(-len(names), len(names)))
@@ -104,7 +100,7 @@ class AttentionLogger(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        assert isinstance(pl_module, Translation)
+        assert isinstance(pl_module, Task)
         folder = Path(trainer.default_root_dir) / "attention"
         folder.mkdir(parents=True, exist_ok=True)
         step = trainer.global_step
@@ -126,13 +122,11 @@ class AttentionLogger(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(entropies, step=step)
 
-    def _record(self, trainer: Trainer, task: Translation) -> dict[str, "_Maps"]:
+    def _record(self, trainer: Trainer, task: Task[Any]) -> dict[str, "_Maps"]:
         """Run the examples one by one, so that nothing is padded; return the maps of each kind."""
-        data = PairBatches(trainer.datamodule.val_store, with_text=False)  # type: ignore[attr-defined]
         found: dict[str, _Maps] = {}
         for example in self.examples:
-            share = Share(np.array([example]), step_tokens=0, parts=1)
-            batch = data.__getitems__(share).to(task.device)
+            batch = _data(trainer).example(example).to(task.device)
             inputs, [labels] = task.attention_inputs(batch)
             with (
                 torch.no_grad(),
@@ -150,6 +144,12 @@ class AttentionLogger(Callback):
                 of_kind.weights.append(weights[:, heads].float().cpu())
                 of_kind.labels.append(labels[kind])
         return found
+
+
+def _data(trainer: Trainer) -> TextData[Any, Any]:
+    data: object = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, TextData)
+    return data
 
 
 @dataclass

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from tx_lightning.callbacks.modes import mode
-from tx_lightning.data.batches import TranslationBatch
+from tx_lightning.data.batches import Batch
 
 
 @runtime_checkable
@@ -16,7 +16,7 @@ class HasLargestBatch(Protocol):
 
     batch_tokens: int
 
-    def largest_batch(self) -> TranslationBatch:
+    def largest_batch(self) -> Batch:
         """Return this process's part of it."""
 
 
@@ -40,7 +40,7 @@ class LongestBatch(Callback):
         if not isinstance(data, HasLargestBatch):
             raise ValueError(
                 f"LongestBatch needs data with largest_batch(), which {type(data).__name__} lacks: "
-                "use TranslationData or remove the callback"
+                "use a data module of this package or remove the callback"
             )
         batch = data.largest_batch()
         parameters = [p for p in pl_module.parameters() if p.requires_grad]
@@ -58,9 +58,8 @@ class LongestBatch(Callback):
                 raise
             raise BatchTooLarge(
                 f"data.batch_tokens={data.batch_tokens} is too much for the memory of "
-                f"{trainer.strategy.root_device}: the largest training batch ({batch.rows} pairs "
-                f"of up to {batch.source.shape[1]} and {batch.target.shape[1]} tokens) does not "
-                "fit; lower it, or raise trainer.accumulate_grad_batches, which splits each batch"
+                f"{trainer.strategy.root_device}: the largest training batch ({batch.describe()}) "
+                "does not fit; lower it, or raise trainer.accumulate_grad_batches, which splits each batch"
             ) from error
 
 

@@ -6,16 +6,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tx_lightning.data.batches import TranslationBatch
+from tx_lightning.data.batches import Batch
 
 
 class Throughput(Callback):
     """Log tokens per second, the share of padding and the time of an optimizer step.
 
     On every logging step it logs, over the steps since the last one and over all processes:
-    `train/tokens_per_second` (target tokens), `train/source_tokens_per_second`,
-    `train/padding_share` (of all positions of source and target, how many hold no token) and
-    `train/step_time` (seconds per optimizer step). Waiting for data counts; validation does not,
+    `train/tokens_per_second` (target tokens of a translation, else those that are read),
+    `train/source_tokens_per_second` where there is a source, `train/padding_share` (of all
+    positions, how many hold no token) and `train/step_time` (seconds per optimizer step). Waiting for data counts; validation does not,
     nor does what follows it up to the next step. Between logging steps it only adds integers.
     """
 
@@ -42,13 +42,12 @@ class Throughput(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: TranslationBatch,
+        batch: Batch,
         batch_idx: int,
     ) -> None:
-        self._source_tokens += batch.source_tokens
-        self._target_tokens += batch.target_tokens
-        # The decoder reads one position less than the target has.
-        self._positions += batch.source.numel() + batch.target.numel() - batch.rows
+        self._source_tokens += batch.read_tokens
+        self._target_tokens += batch.tokens
+        self._positions += batch.positions
         if trainer.global_step == self._step:
             return  # still accumulating
         self._step = trainer.global_step
@@ -79,10 +78,11 @@ class Throughput(Callback):
         source, target, positions = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
         metrics = {
             "train/tokens_per_second": target / self._seconds,
-            "train/source_tokens_per_second": source / self._seconds,
             "train/padding_share": 1 - (source + target) / positions,
             "train/step_time": self._seconds / self._steps,
         }
+        if source:
+            metrics["train/source_tokens_per_second"] = source / self._seconds
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self._step)
         self._forget()

@@ -11,8 +11,35 @@ if TYPE_CHECKING:
     from tx_lightning.data.errors import DataError
     from tx_lightning.data.grammar import Grammar
     from tx_lightning.data.huggingface import HuggingFacePairs
+    from tx_lightning.data.labelled_sources import (
+        SST2,
+        GrammarPolarity,
+        HuggingFaceLabelled,
+        LabelledCSV,
+        LabelledJSONLines,
+        LabelledSource,
+        LabelledTSV,
+    )
+    from tx_lightning.data.language_modeling import LanguageModelingData
+    from tx_lightning.data.masked_language_modeling import MaskedLanguageModelingData
+    from tx_lightning.data.masking import Masking
+    from tx_lightning.data.module import TextData
     from tx_lightning.data.multi30k import Multi30k
     from tx_lightning.data.sources import TSV, JSONLines, ParallelSource, TextPairs
+    from tx_lightning.data.tagged_sources import (
+        CoNLL,
+        GrammarTags,
+        TaggedJSONLines,
+        TaggedSource,
+    )
+    from tx_lightning.data.text_sources import (
+        GrammarText,
+        HuggingFaceTexts,
+        SideOf,
+        TextFiles,
+        TextSource,
+        TinyShakespeare,
+    )
     from tx_lightning.data.tokenizers import (
         ByteLevelBPE,
         Characters,
@@ -28,24 +55,67 @@ _MODULES = {
     "errors": ["DataError"],
     "grammar": ["Grammar"],
     "huggingface": ["HuggingFacePairs"],
+    "labelled_sources": [
+        "SST2",
+        "GrammarPolarity",
+        "HuggingFaceLabelled",
+        "LabelledCSV",
+        "LabelledJSONLines",
+        "LabelledSource",
+        "LabelledTSV",
+    ],
+    "language_modeling": ["LanguageModelingData"],
+    "module": ["TextData"],
+    "masked_language_modeling": ["MaskedLanguageModelingData"],
+    "masking": ["Masking"],
     "multi30k": ["Multi30k"],
     "sources": ["TSV", "JSONLines", "ParallelSource", "TextPairs"],
+    "tagged_sources": ["CoNLL", "GrammarTags", "TaggedJSONLines", "TaggedSource"],
+    "text_sources": [
+        "GrammarText",
+        "HuggingFaceTexts",
+        "SideOf",
+        "TextFiles",
+        "TextSource",
+        "TinyShakespeare",
+    ],
     "tokenizers": ["ByteLevelBPE", "Characters", "Tokenizer", "Tokenizers", "Unigram", "Words"],
     "translation": ["TranslationData"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "SST2",
     "TSV",
     "ByteLevelBPE",
     "Characters",
+    "CoNLL",
     "DataError",
     "Grammar",
+    "GrammarPolarity",
+    "GrammarTags",
+    "GrammarText",
+    "HuggingFaceLabelled",
     "HuggingFacePairs",
+    "HuggingFaceTexts",
     "JSONLines",
+    "LabelledCSV",
+    "LabelledJSONLines",
+    "LabelledSource",
+    "LabelledTSV",
+    "LanguageModelingData",
+    "MaskedLanguageModelingData",
+    "Masking",
     "Multi30k",
     "ParallelSource",
+    "SideOf",
+    "TaggedJSONLines",
+    "TaggedSource",
+    "TextData",
+    "TextFiles",
     "TextPairs",
+    "TextSource",
+    "TinyShakespeare",
     "Tokenizer",
     "Tokenizers",
     "TranslationBatch",

@@ -1,8 +1,12 @@
-"""Pairs of a store as padded tensors. B rows, S source length, T target length."""
+"""Batches, and pairs of a store as padded tensors.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+Shapes: B rows, S source length, T target length.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +16,94 @@ from torch.utils.data import Dataset
 
 from tx_lightning.data.sampler import Share
 from tx_lightning.data.store import PairStore
-from tx_lightning.data.tokenizers import BOS, EOS, PAD
+from tx_lightning.data.tokenizers import BOS, EOS, PAD, Tokenizer, Tokenizers
+
+
+Self_ = TypeVar("Self_", bound="Batch")
+B_co = TypeVar("B_co", bound="Batch", covariant=True)
+
+
+class Batch(ABC):
+    """What every batch tells about itself; a subclass is a frozen dataclass of tensors and numbers.
+
+    Attributes:
+        indices: What names each row in its split.
+        step_tokens: What the loss of the whole optimizer step is divided by. The loss of this batch
+            is sum x parts / step_tokens.
+        parts: Batches that make up the optimizer step, over all ranks.
+    """
+
+    indices: list[int]
+    step_tokens: int
+    parts: int
+
+    @property
+    @abstractmethod
+    def loss_tokens(self) -> int:
+        """The number of labels that the summed loss of this batch is over."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """The tokens that `train/tokens_per_second` counts, without padding."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """Positions that are computed, padding included."""
+
+    @property
+    def read_tokens(self) -> int:
+        """Tokens that are read besides, by an encoder; without padding."""
+        return 0
+
+    @property
+    def rows(self) -> int:
+        """Number of rows (B)."""
+        return len(self.indices)
+
+    def describe(self) -> str:
+        """Its size, for an error about memory."""
+        return f"{self.rows} rows, {self.positions:,} positions"
+
+    def to(self: Self_, device: torch.device | str, non_blocking: bool = False) -> Self_:
+        """The same batch on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: Self_) -> Self_:
+        """The same batch in page-locked memory."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self: Self_, change: Callable[[Tensor], Tensor]) -> Self_:
+        named = {field.name: vars(self)[field.name] for field in fields(self)}  # type: ignore[arg-type]
+        changed = {n: change(value) for n, value in named.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+
+class Batches(Protocol[B_co]):
+    """Makes a batch of a share: the data set and collation of a `DataLoader` in one."""
+
+    def __getitems__(self, share: Share) -> B_co: ...
+
+
+class RowIds(NamedTuple):
+    """What stands beside, before and after the tokens of a row."""
+
+    pad: int
+    bos: int
+    eos: int
+
+
+OWN_IDS = RowIds(PAD, BOS, EOS)  # those of a tokenizer trained here
+
+
+def row_ids(tokenizer: Tokenizer) -> RowIds:
+    """Those of a tokenizer."""
+    return RowIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
 
 
 @dataclass(frozen=True)
-class TranslationBatch:
+class TranslationBatch(Batch):
     """Padded token ids of some sentence pairs, with what a task has to know about them.
 
     Args:
@@ -44,42 +131,54 @@ class TranslationBatch:
     target_tokens: int
 
     @property
-    def rows(self) -> int:
-        """Number of pairs (B)."""
-        return len(self.indices)
+    def loss_tokens(self) -> int:
+        return self.target_tokens
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TranslationBatch":
-        """The same batch on another device."""
-        return replace(
-            self,
-            source=self.source.to(device, non_blocking=non_blocking),
-            target=self.target.to(device, non_blocking=non_blocking),
-        )
+    @property
+    def tokens(self) -> int:
+        return self.target_tokens
 
-    def pin_memory(self) -> "TranslationBatch":
-        """The same batch in page-locked memory."""
-        return replace(self, source=self.source.pin_memory(), target=self.target.pin_memory())
+    @property
+    def read_tokens(self) -> int:
+        return self.source_tokens
+
+    @property
+    def positions(self) -> int:
+        # The decoder reads one position less than the target has.
+        return self.source.numel() + self.target.numel() - self.rows
+
+    def describe(self) -> str:
+        source, target = self.source.shape[1], self.target.shape[1]
+        return f"{self.rows} pairs of up to {source} and {target} tokens"
 
 
 class PairBatches(Dataset[TranslationBatch]):
-    """Turns shares of a sampler into batches; the data set and collation of a `DataLoader` in one.
+    """Turns shares of a sampler into batches of sentence pairs.
 
     Args:
         store: The pairs.
         with_text: Add the raw sentences, which scores need and training does not.
+        tokenizers: Their special ids are used; those of a tokenizer trained here where None.
     """
 
-    def __init__(self, store: PairStore, *, with_text: bool) -> None:
+    def __init__(
+        self, store: PairStore, *, with_text: bool, tokenizers: Tokenizers | None = None
+    ) -> None:
         self.store = store
         self.with_text = with_text
+        self.source_ids = OWN_IDS if tokenizers is None else row_ids(tokenizers.source)
+        self.target_ids = OWN_IDS if tokenizers is None else row_ids(tokenizers.target)
 
     def __getitems__(self, share: Share) -> TranslationBatch:
         indices = share.indices.tolist()
         source = [self.store.source(i) for i in indices]
         target = [self.store.target(i) for i in indices] if share.real else []
+        bos, pad = self.target_ids.bos, self.target_ids.pad
         return TranslationBatch(
-            source=padded(source),
-            target=padded(target, first=BOS) if share.real else torch.tensor([[BOS, PAD]]),
+            source=padded(source, self.source_ids),
+            target=padded(target, self.target_ids, start=True)
+            if share.real
+            else torch.tensor([[bos, pad]]),
             indices=indices,
             source_text=[self.store.source_text(i) for i in indices] if self.with_text else [],
             target_text=[self.store.target_text(i) for i in indices] if self.with_text else [],
@@ -90,26 +189,32 @@ class PairBatches(Dataset[TranslationBatch]):
         )
 
 
-def padded(rows: Sequence[npt.NDArray[Any] | list[int]], first: int | None = None) -> Tensor:
-    """Rows of token ids as one tensor: `first` when given, the ids, EOS, then PAD.
+def padded(
+    rows: Sequence[npt.NDArray[Any] | list[int]],
+    ids: RowIds = OWN_IDS,
+    *,
+    start: bool = False,
+) -> Tensor:
+    """Rows of token ids as one tensor: BOS where `start`, the ids, EOS, then PAD.
 
     Args:
         rows: B rows of token ids.
-        first: BOS for the target side.
+        ids: The special ids.
+        start: Put BOS first, as on the target side.
 
     Returns:
-        (B, longest row + 1) int64; one more with `first`.
+        (B, longest row + 1) int64; one more with `start`.
     """
-    offset = 0 if first is None else 1
-    ids = np.full((len(rows), max(map(len, rows)) + 1 + offset), PAD, dtype=np.int64)
-    for line, row in zip(ids, rows, strict=True):
+    offset = 1 if start else 0
+    table = np.full((len(rows), max(map(len, rows)) + 1 + offset), ids.pad, dtype=np.int64)
+    for line, row in zip(table, rows, strict=True):
         line[offset : offset + len(row)] = row
-        line[offset + len(row)] = EOS
-    if first is not None:
-        ids[:, 0] = first
-    return torch.from_numpy(ids)
+        line[offset + len(row)] = ids.eos
+    if start:
+        table[:, 0] = ids.bos
+    return torch.from_numpy(table)
 
 
-def as_collated(batch: TranslationBatch) -> TranslationBatch:
+def as_collated(batch: Batch) -> Batch:
     """Collate function of a loader whose data set gives whole batches."""
     return batch

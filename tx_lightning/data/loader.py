@@ -1,17 +1,20 @@
 """A loader of batches that Lightning can stop anywhere and resume exactly there."""
 
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader
 
-from tx_lightning.data.batches import PairBatches, TranslationBatch, as_collated
-from tx_lightning.data.sampler import ShardSampler, TokenBatchSampler
+from tx_lightning.data.batches import Batch, Batches, as_collated
+from tx_lightning.data.sampler import EvaluationSampler, StepSampler
+
+B = TypeVar("B", bound=Batch)
 
 
-class BatchLoader:
+class BatchLoader(Generic[B]):
     """Batches of a sampler, prepared by worker processes when there are any.
 
     It holds a `DataLoader` and is none, so that Lightning neither wraps the sampler nor builds the
@@ -26,15 +29,15 @@ class BatchLoader:
 
     def __init__(
         self,
-        data: PairBatches,
-        sampler: TokenBatchSampler | ShardSampler,
+        data: Batches[B],
+        sampler: StepSampler | EvaluationSampler,
         *,
         num_workers: int,
         pin_memory: bool,
     ) -> None:
         self.batch_sampler = sampler
-        self._loader = DataLoader(
-            data,
+        self._loader: DataLoader[B] = DataLoader(
+            data,  # type: ignore[arg-type]  # has __getitems__ alone
             batch_sampler=sampler,  # type: ignore[arg-type]  # Shares, not lists of indices.
             collate_fn=as_collated,  # type: ignore[arg-type]
             num_workers=num_workers,
@@ -46,7 +49,7 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[TranslationBatch]:
+    def __iter__(self) -> Iterator[B]:
         """Lazy: workers start with the first batch asked for, when the epoch is known.
 
         They end with the pass, so that none is left when a run is stopped.
@@ -54,7 +57,7 @@ class BatchLoader:
         yield from self._loader
 
 
-class ResumableLoader(BatchLoader):
+class ResumableLoader(BatchLoader[B]):
     """The training loader of a `Trainer`, which keeps the loader's state in the checkpoint.
 
     The state is an epoch and a number of optimizer steps, so it means the same on every rank and
@@ -70,12 +73,12 @@ class ResumableLoader(BatchLoader):
             out, whenever workers run ahead or a step failed.
     """
 
-    batch_sampler: TokenBatchSampler
+    batch_sampler: StepSampler
 
     def __init__(
         self,
-        data: PairBatches,
-        sampler: TokenBatchSampler,
+        data: Batches[B],
+        sampler: StepSampler,
         *,
         num_workers: int,
         pin_memory: bool,

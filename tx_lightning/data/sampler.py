@@ -9,6 +9,7 @@ are the same on any number of processes. Evaluation: whole batches are dealt to 
 each batch, and each score to the last digit, is the same on any number of processes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,15 +49,18 @@ class Share:
 
     Args:
         indices: Positions in the store.
-        step_tokens: Target tokens, EOS included, of the whole global batch.
+        step_tokens: What the summed loss of the whole global batch is divided by; for pairs its
+            target tokens, EOS included.
         parts: Micro-batches the global batch is dealt to: world size x accumulation.
         real: False for the one example lent to a share that would be empty; it counts nothing.
+        epoch: The epoch; 0 in evaluation.
     """
 
     indices: Indices
     step_tokens: int
     parts: int
     real: bool = True
+    epoch: int = 0
 
 
 def plan_batches(
@@ -126,7 +130,7 @@ def _reorder(order: Indices, starts: Indices, batches: Indices) -> Plan:
     )
 
 
-class TokenBatchSampler(Sampler[Share]):
+class StepSampler(Sampler[Share], ABC):
     """The micro-batches of one rank in training; all ranks have the same number of them.
 
     Micro-batch k of a global batch holds its examples k, k + parts, k + 2 parts, ...; rank r
@@ -134,9 +138,92 @@ class TokenBatchSampler(Sampler[Share]):
     accumulation may be traded for each other without a change to any micro-batch.
 
     Args:
+        seed: With the epoch, decides the order.
+        rank: This process.
+        world_size: Number of processes.
+        accumulate: Micro-batches of one process in an optimizer step.
+        reshuffle: Give each epoch an order of its own; False repeats that of epoch 0.
+
+    Attributes:
+        start: Micro-batch at which the next pass begins, to resume within an epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        reshuffle: bool = True,
+    ) -> None:
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.accumulate = accumulate
+        self.reshuffle = reshuffle
+        self.epoch = 0
+        self.start = 0
+        self._plan: tuple[int, Plan] | None = None
+
+    @abstractmethod
+    def plan_epoch(self, epoch: int) -> Plan:
+        """The global batches of an epoch, equally many in each: a pure function of seed and epoch."""
+
+    @abstractmethod
+    def step_tokens(self, batch: Indices, epoch: int) -> int:
+        """What the summed loss of a global batch is divided by."""
+
+    @property
+    def sampler(self) -> "StepSampler":
+        """Itself: Lightning looks for `set_epoch` at `loader.batch_sampler.sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass; one of another epoch begins at its start."""
+        if epoch != self.epoch:
+            self.start = 0
+        self.epoch = epoch
+
+    def plan(self) -> Plan:
+        """The global batches of the current epoch."""
+        epoch = self._ordering_epoch()
+        if self._plan is None or self._plan[0] != epoch:
+            self._plan = (epoch, self.plan_epoch(epoch))
+        return self._plan[1]
+
+    def _ordering_epoch(self) -> int:
+        return self.epoch if self.reshuffle else 0
+
+    def __len__(self) -> int:
+        return len(self.plan()) * self.accumulate
+
+    def __iter__(self) -> Iterator[Share]:
+        """The rest of the epoch from micro-batch `start`, which goes back to 0."""
+        plan = self.plan()
+        start, self.start = self.start, 0
+        for position in range(start, len(plan) * self.accumulate):
+            step, turn = divmod(position, self.accumulate)
+            yield self.share(step, turn)
+
+    def share(self, step: int, turn: int) -> Share:
+        """This rank's part of a global batch at one turn of the accumulation."""
+        batch, epoch = self.plan()[step], self._ordering_epoch()
+        parts = self.world_size * self.accumulate
+        indices = batch[turn * self.world_size + self.rank :: parts]
+        step_tokens = self.step_tokens(batch, epoch)
+        if len(indices) == 0:
+            return Share(batch[:1], step_tokens, parts, real=False, epoch=epoch)
+        return Share(indices, step_tokens, parts, epoch=epoch)
+
+
+class TokenBatchSampler(StepSampler):
+    """Batches of pairs of like length within a budget of tokens.
+
+    Args:
         source_lengths: Source tokens of each pair, EOS included.
-        target_lengths: Target tokens of each pair, EOS included.
-        batch_tokens: Budget of a global batch.
+        target_lengths: Target tokens of each pair, EOS included; what the loss is divided by.
+        batch_tokens: Budget of a global batch: pairs x longest side.
         seed: With the epoch, decides the order.
         rank: This process.
         world_size: Number of processes.
@@ -156,64 +243,64 @@ class TokenBatchSampler(Sampler[Share]):
         accumulate: int = 1,
         reshuffle: bool = True,
     ) -> None:
+        super().__init__(
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            accumulate=accumulate,
+            reshuffle=reshuffle,
+        )
         self.source_lengths = source_lengths
         self.target_lengths = target_lengths
         self.batch_tokens = batch_tokens
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulate = accumulate
-        self.reshuffle = reshuffle
-        self.epoch = 0
-        self.start = 0
-        self._plan: tuple[int, Plan] | None = None
 
-    @property
-    def sampler(self) -> "TokenBatchSampler":
-        """Itself: Lightning looks for `set_epoch` at `loader.batch_sampler.sampler`."""
-        return self
+    def plan_epoch(self, epoch: int) -> Plan:
+        lengths = (self.source_lengths, self.target_lengths)
+        return plan_batches(*lengths, self.batch_tokens, self.seed, epoch)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; one of another epoch begins at its start."""
-        if epoch != self.epoch:
-            self.start = 0
-        self.epoch = epoch
+    def step_tokens(self, batch: Indices, epoch: int) -> int:
+        return int(self.target_lengths[batch].sum())
 
-    def plan(self) -> Plan:
-        """The global batches of the current epoch."""
-        epoch = self.epoch if self.reshuffle else 0
-        if self._plan is None or self._plan[0] != epoch:
-            lengths = (self.source_lengths, self.target_lengths)
-            self._plan = (epoch, plan_batches(*lengths, self.batch_tokens, self.seed, epoch))
-        return self._plan[1]
+    def largest(self) -> int:
+        """The step whose batch has the most tokens, padding included, in the current epoch."""
+        plan = self.plan()
+        widths = np.maximum(self.source_lengths, self.target_lengths)[plan.order]
+        widest = np.maximum.reduceat(widths, plan.starts[:-1])
+        return int(np.lexsort((widest, np.diff(plan.starts) * widest))[-1])
+
+
+class EvaluationSampler(Sampler[Share], ABC):
+    """The batches of one rank in validation, test and prediction: nothing padded in or repeated.
+
+    Whole batches are dealt to the ranks; with fewer batches than ranks some ranks have none.
+
+    Args:
+        plan: All batches.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, plan: Plan, *, rank: int = 0, world_size: int = 1) -> None:
+        self.plan = plan
+        self.batches = range(rank, len(plan), world_size)
+
+    @abstractmethod
+    def step_tokens(self, batch: Indices) -> int:
+        """The labels of a batch."""
 
     def __len__(self) -> int:
-        return len(self.plan()) * self.accumulate
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Share]:
-        """The rest of the epoch from micro-batch `start`, which goes back to 0."""
-        plan = self.plan()
-        start, self.start = self.start, 0
-        for position in range(start, len(plan) * self.accumulate):
-            step, turn = divmod(position, self.accumulate)
-            yield self.share(step, turn)
-
-    def share(self, step: int, turn: int) -> Share:
-        """This rank's part of a global batch at one turn of the accumulation."""
-        batch = self.plan()[step]
-        parts = self.world_size * self.accumulate
-        indices = batch[turn * self.world_size + self.rank :: parts]
-        step_tokens = int(self.target_lengths[batch].sum())
-        if len(indices) == 0:
-            return Share(batch[:1], step_tokens, parts, real=False)
-        return Share(indices, step_tokens, parts)
+        for b in self.batches:
+            indices = self.plan[b]
+            yield Share(indices, self.step_tokens(indices), parts=1)
 
 
-class ShardSampler(Sampler[Share]):
-    """The batches of one rank in validation, test and prediction: no pair padded in or repeated.
+class ShardSampler(EvaluationSampler):
+    """Batches of pairs, from the longest to the shortest.
 
-    Batches are sorted from the longest to the shortest, which keeps the ranks equally busy and
-    shows at once whether memory suffices. With fewer batches than ranks some ranks have none.
+    That keeps the ranks equally busy and shows at once whether memory suffices.
 
     Args:
         source_lengths: Source tokens of each pair, EOS included.
@@ -234,14 +321,8 @@ class ShardSampler(Sampler[Share]):
     ) -> None:
         order = np.lexsort((target_lengths, source_lengths))[::-1]
         cost = np.maximum(source_lengths, target_lengths)[order]
-        self.plan = Plan(order, cut(cost, batch_tokens))
+        super().__init__(Plan(order, cut(cost, batch_tokens)), rank=rank, world_size=world_size)
         self.target_lengths = target_lengths
-        self.batches = range(rank, len(self.plan), world_size)
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Share]:
-        for b in self.batches:
-            indices = self.plan[b]
-            yield Share(indices, int(self.target_lengths[indices].sum()), parts=1)
+    def step_tokens(self, batch: Indices) -> int:
+        return int(self.target_lengths[batch].sum())

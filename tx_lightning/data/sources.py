@@ -1,7 +1,8 @@
-"""Where sentence pairs come from: one interface, one short class per format.
+"""Where data comes from: the interface of every source, and sentence pairs in files.
 
-A source yields raw text, in file order, one pair at a time; what it cannot read it refuses with a
-`DataError` that names the file and the line. The rules for text are in `text.py`.
+A source yields raw text, in file order, one pair (document, example, sentence) at a time; what it
+cannot read it refuses with a `DataError` that names the file and the line. The rules for text are
+in `text.py`.
 """
 
 import hashlib
@@ -14,32 +15,31 @@ from tx_lightning.data.errors import DataError, listed
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.text import checked, read_aligned, read_lines
 
-__all__ = ["TSV", "DataError", "FilePairs", "JSONLines", "ParallelSource", "TextPairs"]
+__all__ = [
+    "TSV",
+    "DataError",
+    "FilePairs",
+    "FileSource",
+    "JSONLines",
+    "ParallelSource",
+    "Source",
+    "TextPairs",
+]
 
 
-class ParallelSource(ABC):
-    """Sentence pairs in named splits; one file or many, local or downloaded."""
+class Source(ABC):
+    """Data in named splits; one file or many, local, downloaded or made up."""
 
     @abstractmethod
     def splits(self) -> list[str]:
-        """The names that `pairs` accepts; reads no file."""
-
-    @abstractmethod
-    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
-        """The (source, target) texts of a split in file order, streamed.
-
-        Texts are as they stand in the file, without line ends; a side may be empty.
-
-        Raises:
-            DataError: There is no such split, or a file of it cannot be read.
-        """
+        """The names of the splits; reads no file."""
 
     @abstractmethod
     def fingerprint(self, split: str) -> str:
-        """A hexadecimal string that changes when a pair of the split changes."""
+        """A hexadecimal string that changes when what the split yields changes."""
 
     def prepare(self) -> None:  # noqa: B027 -- most sources have nothing to prepare
-        """Download and verify what is needed; called once, in one process, before `pairs`."""
+        """Download and verify what is needed; called once, in one process, before reading."""
 
     def check_split(self, split: str) -> None:
         """Refuse a split that does not exist.
@@ -54,12 +54,26 @@ class ParallelSource(ABC):
             )
 
 
-class FilePairs(ParallelSource):
+class ParallelSource(Source):
+    """Sentence pairs in named splits."""
+
+    @abstractmethod
+    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
+        """The (source, target) texts of a split in file order, streamed.
+
+        Texts are as they stand in the file, without line ends; a side may be empty.
+
+        Raises:
+            DataError: There is no such split, or a file of it cannot be read.
+        """
+
+
+class FileSource(Source):
     """A source whose splits are local files; a format adds how they are read.
 
     Args:
         files: The files of each split; a split that is None does not exist.
-        options: What else decides the pairs, such as column names; goes into the fingerprint.
+        options: What else decides what is read, such as column names; goes into the fingerprint.
     """
 
     def __init__(self, files: dict[str, tuple[str, ...] | None], options: str = "") -> None:
@@ -70,16 +84,8 @@ class FilePairs(ParallelSource):
                 f"{type(self).__name__} has no files: give at least one of {', '.join(files)}"
             )
 
-    @abstractmethod
-    def read(self, *files: str) -> Iterator[tuple[str, str]]:
-        """The pairs in the files of one split."""
-
     def splits(self) -> list[str]:
         return list(self.files)
-
-    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
-        self.check_split(split)
-        return self.read(*self.files[split])
 
     def fingerprint(self, split: str) -> str:
         self.check_split(split)
@@ -91,6 +97,18 @@ class FilePairs(ParallelSource):
         for names in self.files.values():
             for name in names:
                 next(read_lines(name))
+
+
+class FilePairs(FileSource, ParallelSource):
+    """Sentence pairs in local files; a format adds `read`."""
+
+    @abstractmethod
+    def read(self, *files: str) -> Iterator[tuple[str, str]]:
+        """The pairs in the files of one split."""
+
+    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
+        self.check_split(split)
+        return self.read(*self.files[split])
 
 
 class TextPairs(FilePairs):
@@ -143,11 +161,10 @@ class TSV(FilePairs):
         source_column: int | str = 0,
         target_column: int | str = 1,
     ) -> None:
-        for option, column in (("source_column", source_column), ("target_column", target_column)):
-            if isinstance(column, int) and column < 0:
-                raise DataError(f"TSV: {option} is {column}, but columns are numbered from 0")
+        check_column("TSV", "source_column", source_column)
+        check_column("TSV", "target_column", target_column)
         self.columns = (source_column, target_column)
-        files = {"train": _one(train), "val": _one(val), "test": _one(test)}
+        files = {"train": one_file(train), "val": one_file(val), "test": one_file(test)}
         super().__init__(files, repr(self.columns))
 
     def read(self, *files: str) -> Iterator[tuple[str, str]]:
@@ -156,7 +173,7 @@ class TSV(FilePairs):
         header = None
         if any(isinstance(column, str) for column in self.columns):
             header = next(lines).split("\t")
-        source, target = (_column_number(column, header, file) for column in self.columns)
+        source, target = (column_number(column, header, file) for column in self.columns)
         header_only = header is not None
         for number, line in enumerate(lines, start=1 if header is None else 2):
             header_only = False
@@ -196,53 +213,85 @@ class JSONLines(FilePairs):
         target_key: str = "target",
     ) -> None:
         self.keys = (source_key, target_key)
-        files = {"train": _one(train), "val": _one(val), "test": _one(test)}
+        files = {"train": one_file(train), "val": one_file(val), "test": one_file(test)}
         super().__init__(files, repr(self.keys))
 
     def read(self, *files: str) -> Iterator[tuple[str, str]]:
         (file,) = files
         source_key, target_key = self.keys
-        blank = True
-        for number, line in enumerate(read_lines(file), start=1):
-            if not line or line.isspace():
-                continue
-            blank = False
-            where = f"{file}, line {number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where} is not JSON: {error}") from None
+        for record, where in json_objects(file):
             yield text_at(record, source_key, where), text_at(record, target_key, where)
-        if blank:
-            raise DataError(f"{file} is empty: it has no objects")
 
 
-def text_at(record: Any, key: str, where: str) -> str:
-    """The text under a key of a decoded JSON object, or under a path of keys with dots.
+def json_objects(file: str) -> Iterator[tuple[Any, str]]:
+    """(what stands in a line of a JSON-lines file, "<file>, line <n>"); skips blank lines.
+
+    Raises:
+        DataError: A line is not JSON, or no line holds anything.
+    """
+    blank = True
+    for number, line in enumerate(read_lines(file), start=1):
+        if not line or line.isspace():
+            continue
+        blank = False
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where} is not JSON: {error}") from None
+        yield record, where
+    if blank:
+        raise DataError(f"{file} is empty: it has no objects")
+
+
+def value_at(record: Any, key: str, where: str) -> Any:
+    """The value under a key of a decoded JSON object, or under a path of keys with dots.
 
     Args:
         record: The object.
         key: A key of it, or keys joined by dots.
         where: File and line, or the like, to open an error message with.
+
+    Raises:
+        DataError: It is no object, or has no such key; lists those it has.
     """
     if isinstance(record, dict) and key not in record and "." in key:
         outer, inner = key.split(".", 1)
         if isinstance(record.get(outer), dict):
-            return text_at(record[outer], inner, f"{where}, {outer}")
+            return value_at(record[outer], inner, f"{where}, {outer}")
     if not isinstance(record, dict):
-        raise DataError(f"{where} is {_kind(record)}, not an object with the key {key!r}")
+        raise DataError(f"{where} is {kind_of(record)}, not an object with the key {key!r}")
     if key not in record:
         raise DataError(f"{where} has no key {key!r}; it has {listed(list(record), key) or 'none'}")
-    if not isinstance(record[key], str):
-        raise DataError(f"{where}: {key!r} is {_kind(record[key])}, not a text")
-    return checked(record[key], where)
+    return record[key]
 
 
-def _one(file: str | None) -> tuple[str, ...] | None:
+def string_at(record: Any, key: str, where: str) -> str:
+    """As `value_at`, but refuses what is no string."""
+    value = value_at(record, key, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key!r} is {kind_of(value)}, not a text")
+    return value
+
+
+def text_at(record: Any, key: str, where: str) -> str:
+    """As `string_at`, under the rules for text of one line."""
+    return checked(string_at(record, key, where), where)
+
+
+def one_file(file: str | None) -> tuple[str, ...] | None:
+    """The files of a split that is one file, or is not there."""
     return None if file is None else (file,)
 
 
-def _column_number(column: int | str, header: list[str] | None, file: str) -> int:
+def check_column(kind: str, option: str, column: int | str | None) -> None:
+    """Refuse the number of a column that no file can have."""
+    if isinstance(column, int) and column < 0:
+        raise DataError(f"{kind}: {option} is {column}, but columns are numbered from 0")
+
+
+def column_number(column: int | str, header: list[str] | None, file: str) -> int:
+    """The number of a column that is given by number, or by its name in the header."""
     if isinstance(column, int):
         return column
     assert header is not None
@@ -251,6 +300,7 @@ def _column_number(column: int | str, header: list[str] | None, file: str) -> in
     return header.index(column)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a decoded JSON value is, in words."""
     kinds = {dict: "an object", list: "a list", str: "a text", bool: "a boolean"}
     return "null" if value is None else kinds.get(type(value), "a number")

@@ -1,18 +1,23 @@
 """Text to token ids and back: byte-level BPE, unigram, words, characters.
 
-Ids 0 to 3 are the same in every tokenizer and can be reached by no text. Their entries in the
-vocabulary contain a space, and no tokenizer here lets a space through to its model: byte-level BPE
-writes it ``Ġ``, unigram and words write it ``▁``, and an entry of characters is one character long.
-So a sentence about "<eos>" or "[PAD]" is a sentence like any other.
+Ids 0 to 3 are the same in every tokenizer trained here and can be reached by no text. Their entries
+in the vocabulary contain a space, and no tokenizer here lets a space through to its model:
+byte-level BPE writes it ``Ġ``, unigram and words write it ``▁``, and an entry of characters is one
+character long. So a sentence about "<eos>" or "[PAD]" is a sentence like any other.
+
+A tokenizer that came with weights from elsewhere keeps the ids it has: `SpecialIds` says which
+they are, and its special entries are not searched for in text either.
 """
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -21,6 +26,28 @@ from tx_lightning.data.errors import DataError
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
 _SPECIAL_ENTRIES = [f"{name} " for name in SPECIAL_NAMES]
+_OURS = "tx_lightning"  # the entry of a tokenizer's JSON that holds the special ids of a foreign one
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids with a meaning of their own, where they are not those of a tokenizer trained here.
+
+    Args:
+        pad: Fills rows.
+        bos: Stands before the first token of what is decoded, and before a text to classify.
+        eos: Ends a text, and separates two.
+        unk: Stands for what the tokenizer does not know.
+        mask: Stands for what a masked language model has to guess; None where there is none.
+        prefix: Put before every text that is encoded.
+    """
+
+    pad: int
+    bos: int
+    eos: int
+    unk: int
+    mask: int | None = None
+    prefix: tuple[int, ...] = ()
 
 
 class Tokenizer:
@@ -29,25 +56,64 @@ class Tokenizer:
     Args:
         text: The tokenizer as JSON, as `to_json` gives it.
 
+    Attributes:
+        vocab_size: Number of entries, special ones included.
+        sha256: Of the JSON; equal for equal tokenizers.
+        pad_id, bos_id, eos_id, unk_id, mask_id: See `SpecialIds`.
+
     Raises:
         DataError: The text is not a tokenizer of this project.
     """
 
     def __init__(self, text: str) -> None:
+        foreign: dict[str, Any] | None = None
+        model = text
         try:
-            self._model = tokenizers.Tokenizer.from_str(text)
+            if f'"{_OURS}"' in text:
+                settings = json.loads(text)
+                foreign = settings.pop(_OURS, None)
+                model = json.dumps(settings, ensure_ascii=False)
+            self._model = tokenizers.Tokenizer.from_str(model)
         except Exception as error:  # The library raises bare Exception.
             raise DataError(f"tokenizer: the text is not a tokenizer in JSON ({error})") from error
+        if foreign is None:
+            self._check_own_ids()
+            special = SpecialIds(PAD, BOS, EOS, UNK)
+            self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=False)
+            self._names = dict(enumerate(SPECIAL_NAMES))
+        else:
+            special = SpecialIds(**{**foreign["ids"], "prefix": tuple(foreign["ids"]["prefix"])})
+            self._model.encode_special_tokens = True
+            self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
+            self._names = {int(i): name for i, name in foreign["names"].items()}
+        self.pad_id, self.bos_id, self.eos_id = special.pad, special.bos, special.eos
+        self.unk_id, self.mask_id = special.unk, special.mask
+        self._prefix = list(special.prefix)
+        self._json = text
+        self._bytes = '"ByteLevel"' in text and isinstance(self._model.model, models.BPE)
+        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def foreign(cls, text: str, ids: SpecialIds, names: dict[int, str]) -> "Tokenizer":
+        """A tokenizer of the `tokenizers` library that was trained elsewhere.
+
+        Args:
+            text: Its JSON (tokenizer.json).
+            ids: Its special ids.
+            names: All its special ids with their names; they are left out of decoded text.
+        """
+        settings = json.loads(text)
+        settings["truncation"] = settings["padding"] = None
+        settings[_OURS] = {"ids": asdict(ids), "names": {str(i): n for i, n in names.items()}}
+        return cls(json.dumps(settings, ensure_ascii=False, separators=(",", ":")))
+
+    def _check_own_ids(self) -> None:
         entries = [self._model.id_to_token(i) for i in range(len(_SPECIAL_ENTRIES))]
         if entries != _SPECIAL_ENTRIES:
             raise DataError(
                 f"tokenizer: ids 0 to 3 are {entries}, not {_SPECIAL_ENTRIES}; "
                 "train it with a class of tx_lightning.data.tokenizers"
             )
-        self._json = text
-        self._bytes = '"ByteLevel"' in text and isinstance(self._model.model, models.BPE)
-        self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=False)
-        self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -64,20 +130,54 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS."""
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        if self._prefix:
+            return [self._prefix + encoding.ids for encoding in encodings]
         return [encoding.ids for encoding in encodings]
+
+    def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
+        """Token ids of each word of each sentence; a word of nothing is one unknown token."""
+        encoded: list[list[list[int]]] = []
+        flat = self._model.encode_batch_fast(
+            [word for words in sentences for word in words], add_special_tokens=False
+        )
+        ids = iter([encoding.ids or [self.unk_id] for encoding in flat])
+        for words in sentences:
+            encoded.append([next(ids) for _ in words])
+        return encoded
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Text of each row of ids; special ids are left out."""
-        rows = [[int(i) for i in row if i > UNK] for row in ids]
+        rows = [[int(i) for i in row if int(i) not in self._names] for row in ids]
         return list(self._model.decode_batch(rows, skip_special_tokens=False))
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Each token as a reader would write it, ``▁`` for a space; for axes and tables."""
         return [self._readable(int(i)) for i in ids]
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that stand for no text."""
+        return frozenset(self._names)
+
+    def word_starts(self) -> npt.NDArray[np.bool_]:
+        """Which tokens begin a word, (vocab_size,).
+
+        Those that begin with a blank do, and the special ones; of WordPiece those without ``##``.
+        Where no token begins with a blank, each is a word of its own.
+        """
+        word_pieces = isinstance(self._model.model, models.WordPiece)
+        special = self.special_ids
+        ordinary = [i for i in range(self.vocab_size) if i not in special]
+        starts = np.ones(self.vocab_size, dtype=np.bool_)
+        for i in ordinary:
+            text = self._readable(i)
+            blank = text[:1] == "▁" or text[:1].isspace()
+            starts[i] = not text.startswith("##") if word_pieces else blank
+        return starts if starts[ordinary].any() else np.ones_like(starts)
+
     def _readable(self, token_id: int) -> str:
-        if token_id <= UNK:
-            return SPECIAL_NAMES[token_id]
+        if token_id in self._names:
+            return self._names[token_id]
         token = self._model.id_to_token(token_id)
         if token is None:
             raise DataError(f"token id {token_id} is not below vocab_size ({self.vocab_size})")
@@ -89,6 +189,8 @@ class Tokenizer:
 @dataclass(frozen=True)
 class Tokenizers:
     """The tokenizers of the two sides; one object twice when the vocabulary is shared.
+
+    A task with one text has the same tokenizer on both sides.
 
     Args:
         source: Tokenizer of the source side.
@@ -114,6 +216,11 @@ class Tokenizers:
         if texts["source"] == texts["target"]:
             return cls(source, source)
         return cls(source, Tokenizer.from_json(texts["target"]))
+
+    @classmethod
+    def one(cls, tokenizer: Tokenizer) -> "Tokenizers":
+        """The same tokenizer on both sides."""
+        return cls(tokenizer, tokenizer)
 
 
 class TokenizerTrainer(ABC):
@@ -153,16 +260,25 @@ class TokenizerTrainer(ABC):
         return normalizers.Sequence([*lower, *steps])
 
 
-def check_capacity(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_capacity(tokenizer: Tokenizer, vocab_size: int, reserved: int = 0) -> None:
     """Refuse a tokenizer that has more entries than the embedding table has rows.
 
+    Args:
+        tokenizer: The tokenizer.
+        vocab_size: Rows of the table.
+        reserved: Rows at its end that the task needs; a tokenizer with a mask of its own needs one
+            less.
+
     Raises:
-        DataError: `tokenizer.vocab_size` is above `vocab_size`.
+        DataError: The entries and the reserved rows are more than `vocab_size`.
     """
-    if tokenizer.vocab_size > vocab_size:
+    own = min(reserved, 1) if tokenizer.mask_id is not None else 0
+    needed = tokenizer.vocab_size + reserved - own
+    if needed > vocab_size:
+        more = f" and this task needs {reserved - own} more" if reserved - own else ""
         raise DataError(
-            f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} entries; "
-            f"set vocab_size to at least {tokenizer.vocab_size} or train a smaller tokenizer"
+            f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} entries"
+            f"{more}; set vocab_size to at least {needed} or train a smaller tokenizer"
         )
 
 

@@ -4,7 +4,7 @@ from tx_lightning.decoding.beam import Beam
 from tx_lightning.decoding.filters import Filter, MinLength, NoRepeatNgram
 from tx_lightning.decoding.greedy import Greedy
 from tx_lightning.decoding.sampling import Sampling
-from tx_lightning.decoding.search import Decoding, DecodingState, Hypothesis, Step
+from tx_lightning.decoding.search import Decoding, DecodingState, Hypothesis, Prefill, Step
 
 __all__ = [
     "Beam",
@@ -15,6 +15,7 @@ __all__ = [
     "Hypothesis",
     "MinLength",
     "NoRepeatNgram",
+    "Prefill",
     "Sampling",
     "Step",
 ]

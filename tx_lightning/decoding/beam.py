@@ -112,23 +112,24 @@ class Beam(Decoding):
         self.beam_size = beam_size
         self.n_best = n_best
 
-    def search(self, step: Step[S], state: S, problem: Problem) -> list[list[Hypothesis]]:
-        device, n_sentences = problem.device, problem.n_sentences
-        longest = max(problem.max_lengths)
+    def search(
+        self, step: Step[S], state: S, logits: Tensor, problem: Problem
+    ) -> list[list[Hypothesis]]:
+        device, n_sentences, width = problem.device, problem.n_sentences, self.beam_size
+        longest, shared = max(problem.max_lengths), problem.shared_prefix
         sentences = torch.arange(n_sentences, device=device)  # (B,), those being decoded
         tokens = torch.full((n_sentences, 1, longest), problem.pad_id, device=device)  # (B, W, L)
-        logits = step(torch.full_like(sentences, problem.bos_id), state)  # (B * W, V)
+        tokens[:, 0, :shared] = problem.shared_tokens
         log_probs = torch.zeros(n_sentences, 1, dtype=score_dtype(logits), device=device)  # (B, W)
         max_lengths = torch.tensor(problem.max_lengths, device=device)
-        penalties = [length_penalty(n, self.length_penalty) for n in range(longest + 1)]
-        last_penalties = log_probs.new_tensor([penalties[n] for n in problem.max_lengths])
+        penalties = self._penalties(problem, log_probs.dtype).to(device)
+        last_penalties = penalties.gather(1, max_lengths[:, None])  # (B, 1)
         none = log_probs.new_full((n_sentences, self.n_best), -math.inf)
         finished = Hypotheses(none, none, tokens.expand(-1, self.n_best, -1))
         results: list[tuple[Tensor, Hypotheses, Hypotheses]] = []
 
-        for length in range(1, longest + 1):
+        for length in range(shared + 1, longest + 1):
             last = length - 1
-            width = self.beam_size if last >= problem.shared_prefix else 1
             permitted = problem.permitted(
                 logits,
                 tokens[:, :, :last].flatten(0, 1),
@@ -142,11 +143,11 @@ class Beam(Decoding):
             tokens[:, :, last] = best.tokens
 
             ended = problem.chosen_eos(best.tokens, sentences[:, None], last)
-            scores = best.log_probs / penalties[length]
+            penalty = penalties[sentences, length, None]  # (B, 1)
+            scores = best.log_probs / penalty
             set_aside = Hypotheses(scores.masked_fill(~ended, -math.inf), best.log_probs, tokens)
             finished = finished.best(self.n_best, set_aside)
-            bounds = best.log_probs / last_penalties[sentences][:, None]
-            hopeless = bounds <= finished.scores[:, -1:]
+            hopeless = best.log_probs / last_penalties[sentences] <= finished.scores[:, -1:]
             log_probs = best.log_probs.masked_fill(ended | hopeless, -math.inf)
 
             alive = (log_probs > -math.inf).any(dim=1) & (length < max_lengths[sentences])
@@ -154,7 +155,7 @@ class Beam(Decoding):
             rows = torch.arange(len(sentences), device=device)[:, None] * width + best.parents
             if not alive.all():
                 left, kept = (which.nonzero()[:, 0].to(device) for which in (~alive, alive))
-                cut = Hypotheses(log_probs / penalties[length], log_probs, tokens)
+                cut = Hypotheses(log_probs / penalty, log_probs, tokens)
                 results.append((sentences[left], finished.of(left), cut.of(left)))
                 if len(kept) == 0:
                     break
@@ -164,6 +165,14 @@ class Beam(Decoding):
                 state.select(rows.flatten())
             logits = step(tokens[:, :, last].flatten(), state)
         return self._hypotheses(results, problem)
+
+    def _penalties(self, problem: Problem, dtype: torch.dtype) -> Tensor:
+        """Return what a sentence's log probabilities are divided by at each length, (B, L + 1)."""
+        longest = max(problem.max_lengths)
+        by_length = [length_penalty(n, self.length_penalty) for n in range(longest + 1)]
+        prefixes = torch.tensor([len(prefix) for prefix in problem.prefixes])
+        lengths = (torch.arange(longest + 1) - prefixes[:, None]).clamp(min=0)
+        return torch.tensor(by_length, dtype=dtype)[lengths]
 
     def _hypotheses(
         self, results: list[tuple[Tensor, Hypotheses, Hypotheses]], problem: Problem

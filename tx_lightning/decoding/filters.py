@@ -102,14 +102,13 @@ def ban(log_probs: Tensor, ids: list[int]) -> None:
         log_probs[:, token] = -math.inf
 
 
-def force(log_probs: Tensor, tokens: Tensor, values: Tensor) -> None:
-    """Let only tokens[i], of log probability values[i], follow row i; -1 leaves the row alone.
+def force(log_probs: Tensor, tokens: Tensor) -> None:
+    """Let only tokens[i] follow row i, with certainty; -1 leaves the row alone.
 
     Args:
         log_probs: (N, V).
         tokens: (N,).
-        values: (N,).
     """
     forced, ids = (tokens >= 0)[:, None], tokens.clamp(min=0)[:, None]
     log_probs.masked_fill_(forced, -math.inf)
-    log_probs.scatter_(1, ids, log_probs.gather(1, ids).where(~forced, values[:, None]))
+    log_probs.scatter_(1, ids, log_probs.gather(1, ids).masked_fill(forced, 0))

@@ -36,21 +36,24 @@ class RowSearch(Decoding):
     def choice(self, problem: Problem) -> Choice:
         """Return the function that chooses the next tokens in one call."""
 
-    def search(self, step: Step[S], state: S, problem: Problem) -> list[list[Hypothesis]]:
+    def search(
+        self, step: Step[S], state: S, logits: Tensor, problem: Problem
+    ) -> list[list[Hypothesis]]:
         copies, choose, device = self.rows_per_sentence, self.choice(problem), problem.device
         max_lengths = torch.tensor(problem.max_lengths, device=device)
         shape = (problem.n_sentences * copies, max(problem.max_lengths))
         tokens = torch.full(shape, problem.pad_id, device=device)  # every row, also those that left
         rows = torch.arange(0, shape[0], copies, device=device)  # (N,), those being decoded
-        logits = step(torch.full_like(rows, problem.bos_id), state)
+        shared = problem.shared_prefix
+        tokens[rows, :shared] = problem.shared_tokens
         log_probs = torch.zeros(len(rows), dtype=score_dtype(logits), device=device)
         ended: list[tuple[Tensor, Tensor]] = []  # rows, log probabilities
 
-        for length in range(1, shape[1] + 1):
+        for length in range(shared + 1, shape[1] + 1):
             last = length - 1
             sentences = rows // copies
             permitted = problem.permitted(logits, tokens[rows, :last], sentences, self.filters)
-            if last == problem.shared_prefix and copies > 1:
+            if last == shared and copies > 1:  # until here the rows of a sentence are one
                 parents = torch.arange(len(rows), device=device).repeat_interleave(copies)
                 state.select(parents)
                 tokens = tokens[rows][parents]
@@ -83,6 +86,7 @@ class RowSearch(Decoding):
         for row, log_prob in sorted(zip(rows, log_probs, strict=True)):
             sentence = row // self.rows_per_sentence
             found, finished = problem.read(ids[row], sentence)
-            score = log_prob / length_penalty(len(found) + finished, self.length_penalty)
+            length = len(found) - len(problem.prefixes[sentence]) + finished
+            score = log_prob / length_penalty(length, self.length_penalty)
             hypotheses[sentence].append(Hypothesis(found, score, log_prob, finished))
         return [sorted(found, key=lambda h: h.score, reverse=True) for found in hypotheses]

@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tx_lightning.decoding.filters import Filter, ban, force
 
@@ -32,6 +33,7 @@ class DecodingState(Protocol):
 
 S = TypeVar("S", bound=DecodingState)
 Step = Callable[[Tensor, S], Tensor]  # newest tokens (N,), state -> logits (N, V) of the next ones
+Prefill = Callable[[Tensor, S], Tensor]  # several per row (N, T), state -> logits (N, V) likewise
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Hypothesis:
 
     Attributes:
         tokens: The ids, target prefix included, without BOS and EOS.
-        score: `log_prob` divided by the length penalty; hypotheses are ordered by it.
-        log_prob: The model's log probability of the tokens and of EOS where it came, in nats.
-            Filters and temperature restrict the choice, they do not enter here.
+        score: `log_prob` divided by the length penalty of the tokens after the prefix, EOS
+            included; hypotheses are ordered by it.
+        log_prob: The model's log probability of the tokens after the prefix, which is given and
+            not chosen, and of EOS where it came, in nats. Filters and temperature restrict the
+            choice, they do not enter here.
         finished: Whether it ends in EOS, rather than having been cut at the maximum length.
     """
 
@@ -62,9 +66,9 @@ class Problem:
         forced: (B, longest prefix), the prefixes on the device, -1 where the choice is free.
         indices: What names each sentence, for strategies that draw random numbers.
         vocabulary_size: Ids from here on are never generated.
-        bos_id: What stands before the first token; never generated, unless it is EOS too.
+        banned: Ids that are never generated.
         eos_id: What ends a hypothesis.
-        pad_id: Never generated.
+        pad_id: What fills the rows of tensors.
     """
 
     max_lengths: list[int]
@@ -72,7 +76,7 @@ class Problem:
     forced: Tensor
     indices: list[int]
     vocabulary_size: int | None
-    bos_id: int
+    banned: list[int]
     eos_id: int
     pad_id: int
 
@@ -100,15 +104,20 @@ class Problem:
 
     @property
     def shared_prefix(self) -> int:
-        """Length up to which all sentences have a prefix: until there, one row each is enough."""
+        """Length up to which all sentences have a prefix: it is fed before the search begins."""
         return min(len(prefix) for prefix in self.prefixes)
+
+    @property
+    def shared_tokens(self) -> Tensor:
+        """The prefixes up to there, (B, shared_prefix)."""
+        return self.forced[:, : self.shared_prefix]
 
     def permitted(
         self, logits: Tensor, tokens: Tensor, sentences: Tensor, filters: Sequence[Filter]
     ) -> Tensor:
         """Return the log probabilities (N, V) of what may follow, -inf for what may not.
 
-        Where the filters leave nothing, EOS may follow.
+        Where the filters leave nothing, EOS may follow. A token of the prefix is certain.
 
         Args:
             logits: (N, V), left as it is.
@@ -118,12 +127,8 @@ class Problem:
         """
         log_probs = torch.log_softmax(logits, dim=1, dtype=score_dtype(logits))
         step = tokens.shape[1]
-        forced = forced_log_prob = None
-        if step < self.forced.shape[1]:
-            forced = self.forced[sentences, step]
-            forced_log_prob = log_probs.gather(1, forced.clamp(min=0)[:, None])[:, 0]
         eos_log_prob = log_probs[:, self.eos_id].clone()
-        ban(log_probs, [token for token in (self.pad_id, self.bos_id) if token != self.eos_id])
+        ban(log_probs, self.banned)
         if self.vocabulary_size is not None:
             log_probs[:, self.vocabulary_size :] = -math.inf
         for keep in filters:
@@ -131,8 +136,8 @@ class Problem:
         if filters:
             stuck = log_probs.amax(dim=1) == -math.inf
             log_probs[:, self.eos_id] = torch.where(stuck, eos_log_prob, log_probs[:, self.eos_id])
-        if forced is not None and forced_log_prob is not None:
-            force(log_probs, forced, forced_log_prob)
+        if step < self.forced.shape[1]:
+            force(log_probs, self.forced[sentences, step])
         return log_probs
 
 
@@ -155,8 +160,17 @@ class Decoding(ABC):
         self.filters = list(filters)
 
     @abstractmethod
-    def search(self, step: Step[S], state: S, problem: Problem) -> list[list[Hypothesis]]:
-        """Return the hypotheses of each of at least one sentence, best first."""
+    def search(
+        self, step: Step[S], state: S, logits: Tensor, problem: Problem
+    ) -> list[list[Hypothesis]]:
+        """Return the hypotheses of each of at least one sentence, best first.
+
+        Args:
+            step: As in `__call__`.
+            state: Has one row per sentence and was fed what stands before the search.
+            logits: (B, V), of what follows the shared prefix.
+            problem: What to search for.
+        """
 
     @torch.no_grad()
     def __call__(
@@ -169,9 +183,11 @@ class Decoding(ABC):
         max_lengths: Tensor | None = None,
         indices: Sequence[int] | None = None,
         vocabulary_size: int | None = None,
-        bos_id: int = 1,
+        prefill: Prefill[S] | None = None,
+        bos_id: int | None = 1,
         eos_id: int = 2,
         pad_id: int = 0,
+        never: Sequence[int] = (),
     ) -> list[list[Hypothesis]]:
         """Decode B sentences; what one of them becomes does not depend on the others.
 
@@ -189,9 +205,17 @@ class Decoding(ABC):
                 so they must not repeat or change with the batch; 0 .. B-1 when not given.
             vocabulary_size: Ids from here on are never generated, where the embedding table is
                 larger than the vocabulary.
-            bos_id: Fed first and never generated; may be the same as `eos_id`.
+            prefill: Advances the state by several tokens per row at once, ids (N, T) -> logits
+                (N, V) after the last; what all prefixes have is fed through it in one call, and
+                token by token where there is none. The rest of longer prefixes is always fed token
+                by token.
+            bos_id: Fed first and never generated; may be the same as `eos_id`. None where nothing
+                stands before the prefix: then the first token of the prefix is fed first, and no
+                prefix may be empty.
             eos_id: What ends a hypothesis.
-            pad_id: Never generated.
+            pad_id: Never generated, unless it is the same as `eos_id`.
+            never: Further ids that are never generated; with `eos_id` among them, hypotheses go on
+                to their maximum length, unless the filters leave nothing else.
 
         Returns:
             Per sentence its hypotheses, best first, never empty.
@@ -209,17 +233,30 @@ class Decoding(ABC):
                 raise ValueError(f"{name} has {len(values)} entries for {n_sentences} sentences")
         if n_sentences == 0:
             return []
+        if bos_id is None and not all(texts):
+            raise ValueError(
+                f"prefixes: that of sentence {texts.index([])} is empty and bos_id is None, so "
+                "there is nothing to begin with; give the prefix a token, or a bos_id"
+            )
         problem = Problem(
             max_lengths=self._limits(source_lengths, max_lengths, texts),
             prefixes=texts,
             forced=_forced(texts, vocabulary_size).to(device),
             indices=names,
             vocabulary_size=vocabulary_size,
-            bos_id=bos_id,
+            banned=[*never, *(i for i in (pad_id, bos_id) if i is not None and i != eos_id)],
             eos_id=eos_id,
             pad_id=pad_id,
         )
-        return self.search(step, state, problem)
+        first = problem.shared_tokens  # (B, T)
+        if bos_id is not None:
+            first = F.pad(first, (1, 0), value=bos_id)
+        if prefill is not None:
+            logits = prefill(first, state)
+        else:
+            for newest in first.unbind(1):
+                logits = step(newest, state)
+        return self.search(step, state, logits, problem)
 
     def _limits(
         self,

@@ -3,14 +3,13 @@
 Shapes: B batch, S source length, T target length, D d_model, V vocabulary, N rows being decoded.
 """
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
+from tx_lightning.models.embeddings import Embedding, token_table
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
-from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
 from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, NormFactory
 from tx_lightning.nn.linear import Linear
@@ -56,21 +55,6 @@ class DecoderState:
             return
         self.memories = [memory.select(rows) for memory in self.memories]
         self.memory_mask = self.memory_mask.index_select(0, rows)
-
-
-class Embedding(nn.Module):
-    """Token embeddings times sqrt(D), plus positions, with dropout: (B, T) -> (B, T, D)."""
-
-    def __init__(self, vocab_size: int, d_model: int, dropout: float, pad_id: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(vocab_size, d_model, padding_idx=pad_id)
-        nn.init.normal_(self.tokens.weight, std=d_model**-0.5)
-        nn.init.zeros_(self.tokens.weight[pad_id])
-        self.dropout = Dropout(dropout)
-        self.scale = math.sqrt(d_model)
-
-    def forward(self, ids: Tensor, positions: Positions, start: int = 0) -> Tensor:
-        return self.dropout(positions.embed(self.tokens(ids) * self.scale, start))
 
 
 class Encoder(nn.Module):
@@ -159,9 +143,14 @@ class EncoderDecoder(nn.Module):
         positions: The position scheme, one line of YAML: `NoPositions`, `SinusoidalPositions`,
             `LearnedPositions`, `RotaryPositions`, `AlibiPositions`, `T5RelativePositions`.
         norm: The norm: `torch.nn.LayerNorm` or `torch.nn.RMSNorm`.
-        feed_forward: `ReLUFeedForward`, `GELUFeedForward` or `SwiGLUFeedForward`.
+        feed_forward: `ReLUFeedForward`, `GELUFeedForward`, `SwishFeedForward` or
+            `SwiGLUFeedForward`.
         share_embeddings: One table for source and target; needs a shared vocabulary.
+        scale_embeddings: Embeddings times sqrt(d_model), as the paper does.
+        embedding_norm: A norm on the sum of embeddings and positions, one per stack, as BART has
+            it; null for none.
         tie_output: The output projection is the target embedding table.
+        output_bias: Whether the logits have a bias, as those of BART and Marian have.
         pad_id: The id of padding.
     """
 
@@ -181,17 +170,25 @@ class EncoderDecoder(nn.Module):
         norm: NormFactory = nn.LayerNorm,
         feed_forward: FeedForwardFactory = ReLUFeedForward,
         share_embeddings: bool = True,
+        scale_embeddings: bool = True,
+        embedding_norm: NormFactory | None = None,
         tie_output: bool = True,
+        output_bias: bool = False,
         pad_id: int = 0,
     ) -> None:
         super().__init__()
         self.pad_id = pad_id
         self.share_embeddings = share_embeddings
-        self.target_embedding = Embedding(vocab_size, d_model, dropout, pad_id)
-        self.source_embedding = (
-            self.target_embedding
-            if share_embeddings
-            else Embedding(vocab_size, d_model, dropout, pad_id)
+
+        def tokens() -> nn.Embedding:
+            return token_table(vocab_size, d_model, std=d_model**-0.5, pad_id=pad_id)
+
+        def embedding(tokens: nn.Embedding) -> Embedding:
+            return Embedding(tokens, dropout=dropout, scale=scale_embeddings, norm=embedding_norm)
+
+        self.target_embedding = embedding(tokens())
+        self.source_embedding = embedding(
+            self.target_embedding.tokens if share_embeddings else tokens()
         )
 
         def encoder_layer() -> EncoderLayer:
@@ -231,7 +228,7 @@ class EncoderDecoder(nn.Module):
             positions(d_model, n_heads, False),
             final_norm(),
         )
-        self.output = Linear(d_model, vocab_size, bias=False)
+        self.output = Linear(d_model, vocab_size, bias=output_bias)
         if tie_output:
             self.output.weight = self.target_embedding.tokens.weight
         else:
@@ -250,6 +247,11 @@ class EncoderDecoder(nn.Module):
     def output_weight(self) -> Tensor:
         """The output projection, (V, D)."""
         return self.output.weight
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """What is added to the logits, (V,), where they have a bias."""
+        return self.output.bias
 
     def encode(self, source: Tensor) -> Memory:
         """Encode source ids (B, S), padded at the right."""

@@ -53,6 +53,25 @@ class GELUFeedForward(nn.Module):
         return self.outer(self.dropout(self.activation(self.inner(x))))
 
 
+class SwishFeedForward(nn.Module):
+    """SiLU(x W1 + b1) W2 + b2 (Ramachandran et al. 2017, with beta = 1); Marian's models use it.
+
+    Args:
+        d_model: Width of input and output.
+        d_ff: Width in between.
+        dropout: Dropout on the activations.
+    """
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.inner = Linear(d_model, d_ff)
+        self.outer = Linear(d_ff, d_model)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.dropout(F.silu(self.inner(x))))
+
+
 class SwiGLUFeedForward(nn.Module):
     """(SiLU(x W) * x V) W2, without biases (Shazeer 2020, eq. 6).
 

@@ -53,6 +53,7 @@ class EncoderLayer(nn.Module):
         pre_norm: Whether norms stand before the sublayers.
         norm: Builds a norm from the width.
         feed_forward: Builds the feed-forward sublayer from d_model and d_ff.
+        bias: Whether the projections of the attention have biases.
     """
 
     def __init__(
@@ -66,9 +67,12 @@ class EncoderLayer(nn.Module):
         pre_norm: bool,
         norm: NormFactory,
         feed_forward: FeedForwardFactory,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.self_attention = MultiHeadAttention(d_model, n_heads, dropout=attention_dropout)
+        self.self_attention = MultiHeadAttention(
+            d_model, n_heads, dropout=attention_dropout, bias=bias
+        )
         self.feed_forward = feed_forward(d_model, d_ff)
         self.attention_residual = Residual(d_model, norm=norm, dropout=dropout, pre_norm=pre_norm)
         self.feed_forward_residual = Residual(

@@ -10,6 +10,7 @@ first token given, which is not 0 when decoding with a cache.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,12 @@ class Positions(nn.Module):
         d_model: Width of the embeddings.
         n_heads: Number of attention heads.
         bidirectional: Whether queries also see later keys (an encoder) or only earlier ones.
+
+    Attributes:
+        max_length: The longest sequence, None for no limit.
     """
+
+    max_length: int | None = None
 
     def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:
         super().__init__()
@@ -50,12 +56,24 @@ class NoPositions(Positions):
     """No positions at all: an encoder sees a bag of words, a decoder infers order from its mask."""
 
 
-def sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Return the (T, width) table of Vaswani et al. 2017, section 3.5: sines even, cosines odd."""
+SinusoidLayout = Literal["interleaved", "halves"]
+
+
+def sinusoids(positions: Tensor, width: int, layout: SinusoidLayout = "interleaved") -> Tensor:
+    """Return the (T, width) table of Vaswani et al. 2017, section 3.5.
+
+    Args:
+        positions: (T,).
+        width: Number of columns.
+        layout: "interleaved" for sines in even and cosines in odd columns, as the paper writes it;
+            "halves" for all sines, then all cosines.
+    """
     rates = torch.exp(
         torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width)
     )
     angles = positions[:, None] * rates  # (T, width / 2)
+    if layout == "halves":
+        return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1)[:, :width]
 
 
@@ -63,17 +81,33 @@ class SinusoidalPositions(Positions):
     """Fixed sines and cosines added to the embeddings (Vaswani et al. 2017, section 3.5).
 
     The table is computed on demand, so there is no longest length and nothing in the checkpoint.
+
+    Args:
+        d_model: Width of the embeddings.
+        n_heads: Number of attention heads.
+        bidirectional: Whether queries also see later keys.
+        layout: "interleaved" for sines in even and cosines in odd dimensions, as the paper writes
+            it; "halves" for all sines, then all cosines, as Marian does.
     """
 
-    def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        bidirectional: bool,
+        layout: SinusoidLayout = "interleaved",
+    ) -> None:
         super().__init__(d_model, n_heads, bidirectional)
+        if layout not in ("interleaved", "halves"):
+            raise ValueError(f"layout must be interleaved or halves; it is {layout!r}")
+        self.layout = layout
         self._table = torch.empty(0, d_model)
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
         end = start + x.shape[1]
         if end > self._table.shape[0] or self._table.device != x.device:
             positions = torch.arange(max(end, 256, 2 * self._table.shape[0]), device=x.device)
-            self._table = sinusoids(positions.float(), self.d_model)
+            self._table = sinusoids(positions.float(), self.d_model, self.layout)
         return x + self._table[start:end].to(x.dtype)
 
 
@@ -91,7 +125,7 @@ class LearnedPositions(Positions):
         self, d_model: int, n_heads: int, bidirectional: bool, max_length: int = 1024
     ) -> None:
         super().__init__(d_model, n_heads, bidirectional)
-        self.max_length = max_length
+        self.max_length: int = max_length
         self.table = nn.Parameter(torch.empty(max_length, d_model))
         nn.init.normal_(self.table, std=0.02)
 

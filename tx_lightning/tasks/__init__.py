@@ -1,5 +1,8 @@
 """LightningModules, one per task."""
 
+from tx_lightning.tasks.language_modeling import LanguageModeling
+from tx_lightning.tasks.masked_language_modeling import MaskedLanguageModeling
+from tx_lightning.tasks.task import Task
 from tx_lightning.tasks.translation import Translation
 
-__all__ = ["Translation"]
+__all__ = ["LanguageModeling", "MaskedLanguageModeling", "Task", "Translation"]

@@ -1,6 +1,7 @@
 """What every task does around an optimizer step: parameter groups, randomness, clipping."""
 
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,46 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_NO_DECAY = {"weight_decay": 0.0}
+_EMBEDDING = re.compile(r"embedding|positions")
+
+
 def configure_optimizers(
-    network: nn.Module, optimizer: OptimizerCallable, scheduler: LRSchedulerCallable | None
+    network: nn.Module,
+    optimizer: OptimizerCallable,
+    scheduler: LRSchedulerCallable | None,
+    *,
+    layer_decay: float | None = None,
 ) -> dict[str, Any]:
-    """Build the optimizer, weight decay on matrices only, and a schedule stepped every step."""
-    matrices = [p for p in network.parameters() if p.requires_grad and p.dim() >= 2]
-    vectors = [p for p in network.parameters() if p.requires_grad and p.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    built = optimizer([group for group in groups if group["params"]])
+    """Build the optimizer, weight decay on matrices only, and a schedule stepped every step.
+
+    Args:
+        network: Its parameters are trained, but for frozen ones.
+        optimizer: Builds the optimizer from parameter groups.
+        scheduler: Builds the schedule from the optimizer; None: the rate is constant.
+        layer_decay: The learning rate of each layer is that of the next one times this factor
+            (Howard & Ruder 2018, section 3.2).
+
+    Raises:
+        ValueError: When `layer_decay` is not above 0 and at most 1.
+    """
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
+    depths = parameter_depths(network)
+    deepest = max(depths.values(), default=0)
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            depth = depths[name] if layer_decay is not None else deepest
+            members.setdefault((depth, parameter.dim() >= 2), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (_, is_matrix), parameters in sorted(members.items(), reverse=True):
+        groups.append({"params": parameters} if is_matrix else {"params": parameters, **_NO_DECAY})
+    built = optimizer(groups)
+    if layer_decay is not None:
+        for (depth, _), group in zip(sorted(members, reverse=True), built.param_groups, strict=True):
+            group["lr"] *= layer_decay ** (deepest - depth)
     if scheduler is None:
         return {"optimizer": built}
     schedule = scheduler(built)
@@ -31,6 +61,20 @@ def configure_optimizers(
             "lr_scheduler": {"scheduler": schedule, "interval": "epoch", "monitor": "val/loss"},
         }
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_depths(network: nn.Module) -> dict[str, int]:
+    """Return how far up each parameter stands: embeddings 0, then the layers, then all above them.
+
+    Encoder and decoder are counted side by side.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    layers = {name: int(match[1]) + 1 for name in names if (match := _LAYER.search(name))}
+    top = max(layers.values(), default=0) + 1
+    return {
+        name: layers.get(name, 0 if _EMBEDDING.search(name) else top)
+        for name in names
+    }
 
 
 def seed_batch(trainer: Trainer, batch_idx: int) -> None:

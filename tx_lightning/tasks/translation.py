@@ -8,20 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Adam
 
-from tx_lightning.checkpoints import checkpoint_record
-from tx_lightning.data.batches import TranslationBatch, padded
-from tx_lightning.data.tokenizers import PAD, Tokenizers
+from tx_lightning.data.batches import TranslationBatch, padded, row_ids
+from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.data.translation import MOST_TOKENS
 from tx_lightning.decoding import Beam, Decoding, Greedy
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 from tx_lightning.models import EncoderDecoder
-from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
+from tx_lightning.tasks.task import Labels, Row, Task, check_label_smoothing
 
 NetworkFactory = Callable[[int], EncoderDecoder]
 
@@ -86,7 +85,7 @@ class _Scores(nn.Module):
         self.chrf = CorpusChrF(lowercase=lowercase)
 
 
-class Translation(LightningModule):
+class Translation(Task[TranslationBatch]):
     """Trains an `EncoderDecoder` with label smoothing; logs loss, perplexity, BLEU and chrF.
 
     Args:
@@ -95,10 +94,15 @@ class Translation(LightningModule):
         label_smoothing: Share of each target that is spread over the vocabulary.
         optimizer: Builds the optimizer; its weight decay applies to matrices only.
         scheduler: Builds the learning-rate schedule, stepped once per optimizer step.
+        layer_decay: The learning rate of a layer is that of the layer above times this factor;
+            null: one rate for all.
+        freeze: Parameters that are not trained, by name, with * for anything.
         decoding: How validation and `predict` search for hypotheses.
         test_decoding: How `test` and `translate` search; `decoding` where null.
         lowercase_scores: Score lower-cased text, for models trained on it.
     """
+
+    network: EncoderDecoder
 
     def __init__(
         self,
@@ -108,66 +112,41 @@ class Translation(LightningModule):
         label_smoothing: float = 0.1,
         optimizer: OptimizerCallable = fused_adam,
         scheduler: LRSchedulerCallable | None = None,
+        layer_decay: float | None = None,
+        freeze: Sequence[str] = (),
         decoding: Decoding | None = None,
         test_decoding: Decoding | None = None,
         lowercase_scores: bool = False,
     ) -> None:
-        super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
-        self.network = network(vocab_size)
-        self.vocab_size = vocab_size
+        check_label_smoothing(label_smoothing)
+        super().__init__(
+            network(vocab_size),
+            vocab_size,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            layer_decay=layer_decay,
+            freeze=freeze,
+        )
         self.label_smoothing = label_smoothing
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.decoding = decoding or Greedy()
         self.test_decoding = test_decoding or decoding or Beam(beam_size=5)
         self.val_scores = _Scores(lowercase_scores)
         self.test_scores = _Scores(lowercase_scores)
-        self.tokenizers: Tokenizers | None = None
-        self.settings: dict[str, Any] | None = None
         self.samples: list[Sample] = []
-        self._train_sums: Tensor | None = None
-        self._grad_norm: Tensor | None = None
-
-    # Set-up and checkpoints
-
-    def setup(self, stage: str) -> None:
-        """Take the tokenizers of the data that the trainer was given."""
-        self.attach(self.trainer.datamodule.tokenizers)  # type: ignore[attr-defined]
 
     def attach(self, tokenizers: Tokenizers) -> None:
         """Use these tokenizers.
 
         Raises:
-            ValueError: When they differ from a checkpoint's, do not fit the embedding tables, or
-                are two where the network has one table.
+            ValueError: When they differ from a checkpoint's, or are two where the network has one
+                embedding table.
         """
-        if self.tokenizers is not None and self.tokenizers.to_dict() != tokenizers.to_dict():
-            raise ValueError(
-                "the tokenizers of the data differ from those of the checkpoint: use the data and "
-                "tokenizer settings that it was trained with"
-            )
-        if self.network.share_embeddings and tokenizers.source.sha256 != tokenizers.target.sha256:
+        if self.network.share_embeddings and not tokenizers.shared:
             raise ValueError(
                 "share_embeddings=true needs one vocabulary, but data.shared_vocabulary is false: "
                 "set network.init_args.share_embeddings to false or share the vocabulary"
             )
-        self.tokenizers = tokenizers
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put in all that using the weights needs: settings and tokenizers."""
-        tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
-        checkpoint["tx_lightning"] = checkpoint_record(self.settings, tokenizers)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the checkpoint's tokenizers, or refuse if the data's differ."""
-        stored = Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"])
-        self.attach(stored)
-
-    def configure_optimizers(self) -> Any:
-        """Build optimizer and schedule."""
-        return configure_optimizers(self.network, self.optimizer, self.scheduler)
+        super().attach(tokenizers)
 
     # Training
 
@@ -175,56 +154,14 @@ class Translation(LightningModule):
         """Sum the loss over the real target tokens of a batch, by teacher forcing."""
         hidden = self.network.hidden(batch.source, batch.target[:, :-1])  # (B, T, D)
         labels = batch.target[:, 1:]  # (B, T)
-        real = labels != PAD
+        real = labels != self.network.pad_id
         return linear_cross_entropy(
-            hidden[real], self.network.output_weight, labels[real], self.label_smoothing
+            hidden[real],
+            self.network.output_weight,
+            labels[real],
+            self.label_smoothing,
+            bias=self.network.output_bias,
         )
-
-    def on_train_batch_start(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Make this batch's dropout a function of its place in the run."""
-        seed_batch(self.trainer, batch_idx)
-
-    def training_step(self, batch: TranslationBatch, batch_idx: int) -> Tensor:
-        """Return this part's share of the loss per target token of the whole optimizer step.
-
-        Accumulation and processes each average over their parts, so the sum is multiplied by the
-        number of parts and divided by the tokens of all of them.
-        """
-        sums = self(batch)
-        if self._train_sums is None:
-            self._train_sums = torch.zeros(2, device=self.device)
-        self._train_sums[0] += sums.loss.detach()
-        self._train_sums[1] += batch.target_tokens
-        loss: Tensor = sums.loss * (batch.parts / batch.step_tokens)
-        return loss
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, and keep the norm for the log."""
-        if gradient_clip_val is not None or self._logs_after(self.trainer.global_step + 1):
-            self._grad_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_batch_end(self, outputs: Any, batch: TranslationBatch, batch_idx: int) -> None:
-        """On logging steps, log the loss per token since the last one and the gradient norm."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if not stepped or not self._logs_after(self.trainer.global_step):
-            return
-        if self._train_sums is None or self._grad_norm is None:
-            return
-        loss, tokens = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum").tolist()
-        self._train_sums = None
-        metrics = {"train/loss": loss / max(tokens, 1), "train/grad_norm": float(self._grad_norm)}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.trainer.global_step)
-        self.trainer.progress_bar_metrics["train/loss"] = metrics["train/loss"]
-
-    def _logs_after(self, step: int) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step % max(1, every) == 0
 
     # Validation, test, prediction
 
@@ -266,16 +203,26 @@ class Translation(LightningModule):
         self.samples.sort(key=lambda sample: sample.index)
         nll = scores.nll.compute()
         values = {
-            f"{split}/loss": scores.loss.compute(),
-            f"{split}/nll": nll,
-            f"{split}/perplexity": nll.exp(),
-            f"{split}/bleu": scores.bleu.compute(),
-            f"{split}/chrf": scores.chrf.compute(),
+            "loss": scores.loss.compute(),
+            "nll": nll,
+            "perplexity": nll.exp(),
+            "bleu": scores.bleu.compute(),
+            "chrf": scores.chrf.compute(),
         }
-        # The metrics have added up all processes; the mean of equal numbers is that number.
-        self.log_dict(values, prog_bar=split == "val", sync_dist=True)
-        for metric in (scores.loss, scores.nll, scores.bleu, scores.chrf):
-            metric.reset()
+        self.log_scores(split, scores, values)
+
+    def sample_rows(self, n: int) -> list[Row]:
+        """The first sentences of the split with their best hypotheses and sentence BLEU."""
+        bleu = BLEU(effective_order=True)
+        return [
+            {
+                "source": sample.source,
+                "reference": sample.reference,
+                "hypothesis": sample.hypothesis,
+                "bleu": round(bleu.sentence_score(sample.hypothesis, [sample.reference]).score, 2),
+            }
+            for sample in self.samples[:n]
+        ]
 
     def predict_step(
         self, batch: TranslationBatch, batch_idx: int
@@ -306,7 +253,7 @@ class Translation(LightningModule):
         Raises:
             TextTooLong: When a text has more than 10,000 tokens.
         """
-        tokenizers = self._require_tokenizers()
+        tokenizers = self.require_tokenizers()
         sources = tokenizers.source.encode_batch(texts)
         for i, ids in enumerate(sources):
             if len(ids) > MOST_TOKENS:
@@ -319,7 +266,8 @@ class Translation(LightningModule):
         while order:
             rows = max(1, batch_tokens // (len(sources[order[0]]) + 1))
             chosen, order = order[:rows], order[rows:]
-            source = padded([sources[i] for i in chosen]).to(self.device)
+            rows_of_ids = [sources[i] for i in chosen]
+            source = padded(rows_of_ids, row_ids(tokenizers.source)).to(self.device)
             places = [first_index + i for i in chosen]
             found = self._search(source, decoding or self.test_decoding, places)
             for i, hypotheses in zip(chosen, found, strict=True):
@@ -334,8 +282,8 @@ class Translation(LightningModule):
 
         Indices name the sentences, so that what is sampled for one does not depend on the batch.
         """
-        tokenizer = self._require_tokenizers().target
-        lengths = (source != PAD).sum(1)
+        tokenizer = self.require_tokenizers().target
+        lengths = (source != self.network.pad_id).sum(1)
         state = self.network.start(source)
         found = decoding(
             self.network.step,
@@ -343,6 +291,9 @@ class Translation(LightningModule):
             lengths,
             indices=indices,
             vocabulary_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
         )
         return [
             [
@@ -354,28 +305,23 @@ class Translation(LightningModule):
             for hypotheses in found
         ]
 
-    def _require_tokenizers(self) -> Tokenizers:
-        if self.tokenizers is None:
-            raise ValueError("this task has no tokenizers yet: attach() them or load a checkpoint")
-        return self.tokenizers
-
     # Attention maps
 
     def attention_inputs(
         self, batch: TranslationBatch
-    ) -> tuple[tuple[Tensor, Tensor], list[dict[str, tuple[list[str], list[str]]]]]:
+    ) -> tuple[tuple[Tensor, ...], list[dict[str, Labels]]]:
         """Return what the network is called with and, per example, the labels of its maps.
 
         The labels are (row tokens, column tokens) for "encoder.self", "decoder.self" and "cross";
         padding has none.
         """
-        tokenizers = self._require_tokenizers()
+        tokenizers = self.require_tokenizers()
         inputs = (batch.source, batch.target[:, :-1])
         labels = []
         for source, target in zip(
             batch.source.tolist(), batch.target[:, :-1].tolist(), strict=True
         ):
-            s = tokenizers.source.tokens([i for i in source if i != PAD])
-            t = tokenizers.target.tokens([i for i in target if i != PAD])
+            s = tokenizers.source.tokens([i for i in source if i != tokenizers.source.pad_id])
+            t = tokenizers.target.tokens([i for i in target if i != tokenizers.target.pad_id])
             labels.append({"encoder.self": (s, s), "decoder.self": (t, t), "cross": (t, s)})
         return inputs, labels

@@ -1,0 +1,239 @@
+"""What every task is: a network trained on (sum, tokens) losses, that shows what it does.
+
+A task is a `Task` with a `forward` that sums the loss of a batch, the steps of its evaluation, and
+`attach`, which takes the tokenizers. Callbacks and the command line know this class and no other.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Generic, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torchmetrics import Metric
+
+from tx_lightning.checkpoints import checkpoint_record
+from tx_lightning.data.batches import Batch
+from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
+from tx_lightning.losses import TokenLoss
+from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
+
+B = TypeVar("B", bound=Batch)
+Row = dict[str, str | float]  # of a table of samples: what stands in each column
+Labels = tuple[list[str], list[str]]  # of an attention map: the tokens of its rows and columns
+
+
+def fused_adamw(parameters: Any) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019), one kernel for all parameters."""
+    return AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+
+
+class Task(LightningModule, Generic[B]):
+    """A network with an optimizer, trained on batches of one kind.
+
+    Args:
+        network: What is trained.
+        vocab_size: Rows of its embedding tables.
+        optimizer: Builds the optimizer; its weight decay applies to matrices only.
+        scheduler: Builds the learning-rate schedule, stepped once per optimizer step.
+        layer_decay: The learning rate of a layer is that of the layer above times this factor,
+            embeddings lowest (Howard & Ruder 2018); null: one rate for all.
+        freeze: Parameters whose names match one of these patterns, with * for anything, are not
+            trained, as `encoder.layers.0.*`.
+
+    Attributes:
+        tokenizers: Those of the data or of the checkpoint; None before either is there.
+        settings: The task as a class path with arguments, which the command line sets.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        network: nn.Module,
+        vocab_size: int,
+        *,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None,
+        layer_decay: float | None,
+        freeze: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.vocab_size = vocab_size
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.layer_decay = layer_decay
+        self.tokenizers: Tokenizers | None = None
+        self.settings: dict[str, Any] | None = None
+        self._train_sums: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        freeze_parameters(network, freeze)
+
+    # What a task decides.
+
+    @abstractmethod
+    def forward(self, batch: B) -> TokenLoss:
+        """Sum the loss over the labels of a batch."""
+
+    @abstractmethod
+    def sample_rows(self, n: int) -> list[Row]:
+        """What the model makes of n examples of the last evaluation, as rows of a table."""
+
+    @abstractmethod
+    def attention_inputs(self, batch: B) -> tuple[tuple[Tensor, ...], list[dict[str, Labels]]]:
+        """Return what the network is called with and, per example, the labels of its maps.
+
+        The labels are (row tokens, column tokens) for each kind of attention, as "encoder.self" or
+        "cross"; padding has none.
+        """
+
+    def attach(self, tokenizers: Tokenizers) -> None:
+        """Use these tokenizers.
+
+        Raises:
+            ValueError: When they differ from a checkpoint's, or do not suit the network.
+        """
+        if self.tokenizers is not None and self.tokenizers.to_dict() != tokenizers.to_dict():
+            raise ValueError(
+                "the tokenizers of the data differ from those of the checkpoint: use the data and "
+                "tokenizer settings that it was trained with"
+            )
+        self.tokenizers = tokenizers
+
+    def require_tokenizers(self) -> Tokenizers:
+        """The tokenizers, where there must be some."""
+        if self.tokenizers is None:
+            raise ValueError("this task has no tokenizers yet: attach() them or load a checkpoint")
+        return self.tokenizers
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of a task with one text."""
+        return self.require_tokenizers().source
+
+    # Set-up and checkpoints.
+
+    def setup(self, stage: str) -> None:
+        """Take the tokenizers of the data that the trainer was given."""
+        self.attach(self.trainer.datamodule.tokenizers)  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in all that using the weights needs: settings and tokenizers."""
+        tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
+        checkpoint["tx_lightning"] = checkpoint_record(self.settings, tokenizers)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the checkpoint's tokenizers, or refuse if the data's differ."""
+        self.attach(Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"]))
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule."""
+        return configure_optimizers(
+            self.network, self.optimizer, self.scheduler, layer_decay=self.layer_decay
+        )
+
+    # Training.
+
+    def on_train_batch_start(self, batch: B, batch_idx: int) -> None:
+        """Make this batch's dropout a function of its place in the run."""
+        seed_batch(self.trainer, batch_idx)
+
+    def training_step(self, batch: B, batch_idx: int) -> Tensor:
+        """Return this part's share of the loss per label of the whole optimizer step.
+
+        Accumulation and processes each average over their parts, so the sum is multiplied by the
+        number of parts and divided by the labels of all of them.
+        """
+        sums = self(batch)
+        if self._train_sums is None:
+            self._train_sums = torch.zeros(2, device=self.device)
+        self._train_sums[0] += sums.loss.detach()
+        self._train_sums[1] += batch.loss_tokens
+        loss: Tensor = sums.loss * (batch.parts / batch.step_tokens)
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and keep the norm for the log."""
+        if gradient_clip_val is not None or self._logs_after(self.trainer.global_step + 1):
+            self._grad_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: Any, batch: B, batch_idx: int) -> None:
+        """On logging steps, log the loss per label since the last one and the gradient norm."""
+        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        if not stepped or not self._logs_after(self.trainer.global_step):
+            return
+        if self._train_sums is None or self._grad_norm is None:
+            return
+        loss, tokens = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum").tolist()
+        self._train_sums = None
+        metrics = {"train/loss": loss / max(tokens, 1), "train/grad_norm": float(self._grad_norm)}
+        for logger in self.trainer.loggers:
+            logger.log_metrics(metrics, step=self.trainer.global_step)
+        self.trainer.progress_bar_metrics["train/loss"] = metrics["train/loss"]
+
+    def _logs_after(self, step: int) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % max(1, every) == 0
+
+    # Evaluation.
+
+    def log_scores(self, split: str, scores: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Log the scores of an evaluation and begin the next from nothing.
+
+        Args:
+            split: val or test; stands before the names.
+            scores: Holds the metrics.
+            values: Each score by its name.
+        """
+        named = {f"{split}/{name}": value for name, value in values.items()}
+        # The metrics have added up all processes; the mean of equal numbers is that number.
+        self.log_dict(named, prog_bar=split == "val", sync_dist=True)
+        reset_metrics(scores)
+
+
+def reset_metrics(scores: nn.Module) -> None:
+    """Begin all metrics below a module from nothing."""
+    for metric in scores.modules():
+        if isinstance(metric, Metric):
+            metric.reset()
+
+
+def freeze_parameters(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters whose names match a pattern out of training.
+
+    Args:
+        network: Its parameters are named as in its state dict.
+        patterns: Names with * for anything.
+
+    Raises:
+        ValueError: When a pattern matches nothing, or nothing is left to train.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            shown = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise ValueError(
+                f"freeze: no parameter is named {pattern!r}; names begin with {shown}, and * stands "
+                "for anything"
+            )
+        for name in matching:
+            network.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"freeze={list(patterns)} leaves no parameter to train")
+
+
+def check_label_smoothing(label_smoothing: float) -> None:
+    """Refuse a share of the target that leaves nothing of it."""
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
