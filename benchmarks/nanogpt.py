@@ -1,7 +1,7 @@
 """The time of a training iteration beside nanoGPT's, on the same configuration.
 
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/nanogpt.py --nanogpt nanoGPT
+    python -m benchmarks.nanogpt --nanogpt nanoGPT
 
 One process runs `fit` with experiments/language_modeling/tinyshakespeare_char.yaml and, in turns,
 nanoGPT's model and optimizer in a loop of the steps that its train.py takes: batches drawn at
@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bare_loop import Turns
-from fit_overhead import interval, measure, read_turns
 from lightning.pytorch import LightningModule, Trainer
 
+from benchmarks.bare_loop import Turns
+from benchmarks.fit_overhead import interval, measure, read_turns
 from tx_lightning.data import LanguageModelingData
 from tx_lightning.tasks import LanguageModeling
 
@@ -112,7 +112,7 @@ def main() -> int:
         arguments.turn,
         arguments.turns,
         arguments.words,
-        callback="nanogpt.NanoGPTLoop",
+        callback="benchmarks.nanogpt.NanoGPTLoop",
         options={"folder": str(folder)},
     )
     if status:

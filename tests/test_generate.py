@@ -13,6 +13,7 @@ from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import checkpoint_record, load_task, write_atomically
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizers
 from tx_lightning.decoding import Beam, Decoding, Sampling
+from tx_lightning.generate import SAMPLING
 from tx_lightning.models import LanguageModel
 from tx_lightning.tasks import LanguageModeling
 from tx_lightning.tasks.continuation import continue_texts
@@ -80,6 +81,12 @@ def test_one_prompt_is_one_text_of_the_checkpoints_own_search(verb: Any, checkpo
     assert len(text) > 20
     assert verb("--prompt=Once: upon", "--max_new_tokens=30", "--seed", "4")[1] != out
     assert verb("--prompt=Once: upon", "--max_new_tokens=30", "--temperature=0.8")[1] == out
+
+
+def test_where_a_checkpoint_names_no_search_it_is_the_tasks() -> None:
+    task = LanguageModeling(8, lambda n: LanguageModel(n, **NETWORK))  # type: ignore[arg-type]
+    assert SAMPLING["class_path"] == "tx_lightning.decoding.Sampling"
+    assert vars(task.decoding) == vars(Sampling(**SAMPLING["init_args"]))  # type: ignore[arg-type]
 
 
 def test_a_single_text_is_written_while_it_comes(

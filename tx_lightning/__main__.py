@@ -14,6 +14,7 @@ VERBS = {
     "predict": "write the hypotheses of a checkpoint to the run folder, in input order",
     "translate": "translate lines from standard input with a checkpoint, and nothing else",
     "generate": "continue prompts with the checkpoint of a language model",
+    "classify": "label texts from standard input, or the words in them, with a checkpoint",
     "average": "average the weights of several checkpoints into one",
 }
 

@@ -39,7 +39,11 @@ class Rebuildable(Protocol):
 
 
 def checkpoint_record(
-    settings: dict[str, Any] | None, tokenizers: dict[str, str] | None
+    settings: dict[str, Any] | None,
+    tokenizers: dict[str, str] | None,
+    *,
+    labels: list[str] | None = None,
+    n_texts: int | None = None,
 ) -> dict[str, Any]:
     """Return what a task writes to `checkpoint["tx_lightning"]` so that the file is enough.
 
@@ -47,11 +51,15 @@ def checkpoint_record(
         settings: `{"class_path": ..., "init_args": ...}` of the task as the command line resolved
             them; None for a task that was built by hand, which then has to be rebuilt by hand.
         tokenizers: `Tokenizers.to_dict()`; None for a task that has none.
+        labels: Those of a classifier, class i at place i.
+        n_texts: How many texts a classifier takes at once, 1 or 2.
     """
     return {
         "format": FORMAT,
         "task": settings,
         "tokenizers": tokenizers,
+        "labels": labels,
+        "n_texts": n_texts,
         "versions": {
             "tx_lightning": __version__,
             "python": platform.python_version(),

@@ -49,6 +49,8 @@ from tx_lightning.tasks.task import Task
 
 LINKS = {
     "data.init_args.vocab_size": "model.init_args.vocab_size",
+    "data.init_args.n_classes": "model.init_args.n_classes",
+    "data.init_args.n_tags": "model.init_args.n_tags",
     "seed_everything": "data.init_args.seed",
 }
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
@@ -469,6 +471,10 @@ def _dispatch(words: Sequence[str]) -> int:
         return main(words[1:])
     if words[0] == "generate":
         from tx_lightning.generate import main
+
+        return main(words[1:])
+    if words[0] == "classify":
+        from tx_lightning.classify import main
 
         return main(words[1:])
     if words[0] == "average":

@@ -31,7 +31,11 @@ SHORT = {
     **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "n_samples", "seed"), "Sampling"),
     **dict.fromkeys(("beam_size", "n_best"), "Beam"),
 }
-SAMPLING = {"class_path": "tx_lightning.decoding.Sampling"}
+# What LanguageModeling does where its settings name no search.
+SAMPLING = {
+    "class_path": "tx_lightning.decoding.Sampling",
+    "init_args": {"temperature": 0.8, "top_k": 200},
+}
 
 
 def main(words: Sequence[str]) -> int:
@@ -149,13 +153,13 @@ def _parser() -> ArgumentParser:
         "--decoding",
         type=Decoding,
         help="How to search, as `--decoding Greedy`; what is not given is as in the checkpoint's "
-        "decoding, or plain Sampling. "
+        "decoding, or Sampling at a temperature of 0.8 from the top_k of 200. "
         + "; ".join(
             f"{', '.join(f'--{name}' for name in SHORT if SHORT[name] == search)} are short for "
             f"those of {search}"
             for search in dict.fromkeys(SHORT.values())
         )
-        + ", --decoding.top_k and so on.",
+        + ": --decoding.top_k and so on.",
     )
     parser.add_argument(
         "--max_new_tokens",

@@ -6,6 +6,7 @@ over batches or ranks, so uneven shards change nothing.
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import NamedTuple
 
 import torch
 from sacrebleu.metrics.base import Metric as Scorer
@@ -122,3 +123,88 @@ class TokenMean(Metric):
     def compute(self) -> Tensor:
         """Return the mean, a float64 scalar; NaN where nothing was counted."""
         return self.total / self.count
+
+
+class ClassScores(NamedTuple):
+    """How well one class is found; 0 where a score is not defined.
+
+    Attributes:
+        precision: Of the examples that were given the class, the share that has it.
+        recall: Of the examples that have the class, the share that was given it.
+        f1: Their harmonic mean.
+        support: Examples that have the class.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class Confusion(NamedTuple):
+    """What was taken for what.
+
+    Attributes:
+        counts: (C, C) int64 on the CPU: examples of class i that were given class j.
+    """
+
+    counts: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The share that was given its own class; NaN where there is no example."""
+        total = int(self.counts.sum())
+        return int(self.counts.trace()) / total if total else float("nan")
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 of the classes that some example has or was given; NaN where none is."""
+        scores = self.per_class()
+        found = self.counts.sum(0) + self.counts.sum(1) > 0
+        f1 = [score.f1 for score, there in zip(scores, found.tolist(), strict=True) if there]
+        return sum(f1) / len(f1) if f1 else float("nan")
+
+    def per_class(self) -> list[ClassScores]:
+        """The scores of each class."""
+        right = self.counts.diagonal().tolist()
+        given, had = self.counts.sum(0).tolist(), self.counts.sum(1).tolist()
+        return [
+            ClassScores(
+                precision=r / g if g else 0.0,
+                recall=r / h if h else 0.0,
+                f1=2 * r / (g + h) if g + h else 0.0,
+                support=h,
+            )
+            for r, g, h in zip(right, given, had, strict=True)
+        ]
+
+
+class ConfusionCounts(Metric):
+    """Counts of what was taken for what, from which accuracy and F1 follow exactly.
+
+    Args:
+        n_classes: C.
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, n_classes: int) -> None:
+        super().__init__()
+        self.n_classes = n_classes
+        counts = torch.zeros(n_classes * n_classes, dtype=torch.int64)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
+
+    def update(self, given: Tensor, labels: Tensor) -> None:
+        """Add examples, without waiting for the device.
+
+        Args:
+            given: (N,), the class that each was given.
+            labels: (N,), the class that each has; below 0 where it has none: it does not count.
+        """
+        cells = labels.clamp(min=0) * self.n_classes + given
+        self.counts.scatter_add_(0, cells, (labels >= 0).to(self.counts.dtype))
+
+    def compute(self) -> Confusion:
+        """Return the counts of all processes."""
+        return Confusion(self.counts.view(self.n_classes, self.n_classes).cpu())

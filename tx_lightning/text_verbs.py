@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from queue import Queue
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -20,16 +21,16 @@ def parse_words(
     parser: ArgumentParser,
     words: Sequence[str],
     *,
-    own: Mapping[str, Any],
-    short: Mapping[str, str],
+    own: Mapping[str, Any] | None = None,
+    short: Mapping[str, str] = MappingProxyType({}),
     texts: str | None = None,
 ) -> Namespace:
-    """Parse the words of a verb that has an option `--decoding`.
+    """Parse the words of a verb, one with an option `--decoding` or one that does not search.
 
     Args:
         parser: The parser of the verb.
         words: What follows the verb.
-        own: The search of the checkpoint, which the words change.
+        own: The search of the checkpoint, which the words change; None: there is no `--decoding`.
         short: Options that are short for those of a search: `{"beam_size": "Beam"}` makes
             `--beam_size 5` mean `--decoding.beam_size 5`, of a `Beam` with its defaults where the
             checkpoint's search is another.
@@ -52,9 +53,10 @@ def parse_words(
         both = " and ".join(f"--{name} ({search})" for search, name in sorted(used.items()))
         raise ConfigurationError(f"{both} belong to different searches: give options of one")
     for search in used:
-        if own["class_path"].rpartition(".")[2] != search:
+        if own is None or own["class_path"].rpartition(".")[2] != search:
             own = {"class_path": f"tx_lightning.decoding.{search}"}
-    parser.set_defaults({"decoding": own})
+    if own is not None:
+        parser.set_defaults({"decoding": own})
     shorts = tuple(f"--{name}" for name in short)
     words = [
         word.replace("--", "--decoding.", 1) if word.partition("=")[0] in shorts else word

@@ -363,6 +363,7 @@ def test_prefill_of_nothing() -> None:
 
 
 @pytest.mark.parametrize("positions", SCHEMES)
+@torch.inference_mode()
 def test_masks_and_states_are_made_on_the_device_of_the_model(positions: type[Positions]) -> None:
     model, ids = network(positions=positions).to("meta"), IDS.to("meta")
     state = model.start(3, slide=1)

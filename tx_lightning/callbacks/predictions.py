@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -18,13 +18,20 @@ class Scored(Protocol):
     def score(self) -> float: ...
 
 
+@runtime_checkable
+class NamesPredictions(Protocol):
+    """A task whose predictions are no hypotheses of a text, and lie in a file of another name."""
+
+    prediction_file: str
+
+
 class PredictionWriter(Callback):
     """Writes `predictions/hypotheses.txt`, and `n_best.tsv` where there is more than one each.
 
     `predict_step` has to return, for each example of the batch, its position in the input and its
-    hypotheses, the best first. Line i of `hypotheses.txt` belongs to input i. A line of
-    `n_best.tsv` is the number of the input (from 1), the score and the text. Each process appends
-    to a file of its own; the first merges them.
+    hypotheses, the best first. Line i of `hypotheses.txt`, or of the file that the task names,
+    belongs to input i. A line of `n_best.tsv` is the number of the input (from 1), the score and
+    the text. Each process appends to a file of its own; the first merges them.
 
     Args:
         folder: The run folder.
@@ -57,7 +64,7 @@ class PredictionWriter(Callback):
             return
         parts = [self._part(rank) for rank in range(trainer.world_size)]
         rows = sorted(row for part in parts for row in _rows(part))
-        best, n_best = self.folder / "hypotheses.txt", self.folder / "n_best.tsv"
+        best, n_best = self.folder / _name(pl_module), self.folder / "n_best.tsv"
         best.write_text("".join(f"{h[0][1]}\n" for _, h in rows), encoding="utf-8")
         if any(len(hypotheses) > 1 for _, hypotheses in rows):
             with n_best.open("w", encoding="utf-8") as file:
@@ -66,7 +73,7 @@ class PredictionWriter(Callback):
                         file.write(f"{index + 1}\t{score:.4f}\t{text}\n")
         for part in parts:
             part.unlink()
-        print(f"{len(rows)} hypotheses: {best}", flush=True)
+        print(f"{len(rows)} {best.stem}: {best}", flush=True)
 
     def _part(self, rank: int) -> Path:
         return self.folder / f"part-{rank}.jsonl"
@@ -75,6 +82,10 @@ class PredictionWriter(Callback):
 def one_line_of(text: str) -> str:
     """A hypothesis on one line, whatever the model made of it."""
     return " ".join(text.splitlines())
+
+
+def _name(task: object) -> str:
+    return task.prediction_file if isinstance(task, NamesPredictions) else "hypotheses.txt"
 
 
 def _rows(part: Path) -> Iterator[tuple[int, list[tuple[float, str]]]]:

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tx_lightning.data.batches import TranslationBatch
+    from tx_lightning.data.classification import ClassificationBatch, ClassificationData
+    from tx_lightning.data.denoising import (
+        DenoisingData,
+        Noise,
+        SpanCorruption,
+        TextInfilling,
+    )
     from tx_lightning.data.errors import DataError
     from tx_lightning.data.grammar import Grammar
     from tx_lightning.data.huggingface import HuggingFacePairs
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
         LabelledJSONLines,
         LabelledSource,
         LabelledTSV,
+        TextsOf,
     )
     from tx_lightning.data.language_modeling import LanguageModelingData
     from tx_lightning.data.masked_language_modeling import MaskedLanguageModelingData
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
         TaggedJSONLines,
         TaggedSource,
     )
+    from tx_lightning.data.tagging import TaggingBatch, TaggingData
     from tx_lightning.data.text_sources import (
         GrammarText,
         HuggingFaceTexts,
@@ -52,6 +61,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "batches": ["TranslationBatch"],
+    "classification": ["ClassificationBatch", "ClassificationData"],
+    "denoising": ["DenoisingData", "Noise", "SpanCorruption", "TextInfilling"],
     "errors": ["DataError"],
     "grammar": ["Grammar"],
     "huggingface": ["HuggingFacePairs"],
@@ -63,6 +74,7 @@ _MODULES = {
         "LabelledJSONLines",
         "LabelledSource",
         "LabelledTSV",
+        "TextsOf",
     ],
     "language_modeling": ["LanguageModelingData"],
     "module": ["TextData"],
@@ -71,6 +83,7 @@ _MODULES = {
     "multi30k": ["Multi30k"],
     "sources": ["TSV", "JSONLines", "ParallelSource", "TextPairs"],
     "tagged_sources": ["CoNLL", "GrammarTags", "TaggedJSONLines", "TaggedSource"],
+    "tagging": ["TaggingBatch", "TaggingData"],
     "text_sources": [
         "GrammarText",
         "HuggingFaceTexts",
@@ -89,8 +102,11 @@ __all__ = [
     "TSV",
     "ByteLevelBPE",
     "Characters",
+    "ClassificationBatch",
+    "ClassificationData",
     "CoNLL",
     "DataError",
+    "DenoisingData",
     "Grammar",
     "GrammarPolarity",
     "GrammarTags",
@@ -107,14 +123,20 @@ __all__ = [
     "MaskedLanguageModelingData",
     "Masking",
     "Multi30k",
+    "Noise",
     "ParallelSource",
     "SideOf",
+    "SpanCorruption",
     "TaggedJSONLines",
     "TaggedSource",
+    "TaggingBatch",
+    "TaggingData",
     "TextData",
     "TextFiles",
+    "TextInfilling",
     "TextPairs",
     "TextSource",
+    "TextsOf",
     "TinyShakespeare",
     "Tokenizer",
     "Tokenizers",

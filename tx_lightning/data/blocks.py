@@ -148,9 +148,7 @@ class BlockBatches(Dataset[BlockBatch]):
         whole = torch.from_numpy(ids)
         targets = whole[:, 1:] if share.real else torch.full_like(whole[:, 1:], IGNORED)
         predicted = targets.numel() if share.real else 0
-        return BlockBatch(
-            whole[:, :-1], targets, starts, share.step_tokens, share.parts, predicted
-        )
+        return BlockBatch(whole[:, :-1], targets, starts, share.step_tokens, share.parts, predicted)
 
     def _tokens(self, start: int, end: int) -> npt.NDArray[Any]:
         """The stream from start to end; an end token stands before its beginning."""

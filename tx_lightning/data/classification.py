@@ -222,6 +222,40 @@ class LabelShardSampler(ShardSampler):
         return int(self.labels[batch].sum())
 
 
+class LabelFile:
+    """The labels of a training split, in the cache.
+
+    Args:
+        cache: The cache folder.
+        fingerprint: Of the training split.
+    """
+
+    def __init__(self, cache: Path, fingerprint: str) -> None:
+        self.folder = cache / "labels" / digest({"format": FORMAT, "labels": fingerprint})
+
+    def make(self, collect: Callable[[], list[str]]) -> None:
+        """Collect the labels where they are not there yet."""
+
+        def build(folder: Path) -> None:
+            text = json.dumps(collect(), ensure_ascii=False, indent=1)
+            (folder / "labels.json").write_text(text, encoding="utf-8")
+
+        build_once(self.folder, build)
+
+    def read(self) -> list[str]:
+        """The labels.
+
+        Raises:
+            CacheError: They are not there, or damaged.
+        """
+        try:
+            labels = json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CacheError.damaged(self.folder, error) from error
+        assert isinstance(labels, list)
+        return labels
+
+
 class ClassificationData(TextData[Store, ClassificationBatch]):
     """Labelled texts, or pairs of texts, tokenized once, in batches of a budget of tokens.
 
@@ -319,19 +353,20 @@ class ClassificationData(TextData[Store, ClassificationBatch]):
     def prepare_more(self) -> None:
         """Collect the labels of the training split."""
         if self.given_labels is None:
-            labels = LabelFile(self.cache, self.source.fingerprint(self.train_split))
-            labels.make(lambda: self.source.labels(self.train_split))
+            self._label_file().make(lambda: self.source.labels(self.train_split))
         self.labels = self._load_labels()
 
     def setup(self, stage: str | None = None) -> None:
         self.labels = self._load_labels()
         super().setup(stage)
 
+    def _label_file(self) -> LabelFile:
+        return LabelFile(self.cache, self.source.fingerprint(self.train_split))
+
     def _load_labels(self) -> list[str]:
-        labels = self.given_labels
-        if labels is None:
-            labels = LabelFile(self.cache, self.source.fingerprint(self.train_split)).read()
-        check_number("n_classes", self.n_classes, labels, "labels", self.given_labels is None)
+        learned = self.given_labels is None
+        labels = self._label_file().read() if self.given_labels is None else self.given_labels
+        check_number("n_classes", self.n_classes, labels, "labels", learned=learned)
         return labels
 
     def label_counts(self) -> list[int]:
@@ -359,7 +394,9 @@ class ClassificationData(TextData[Store, ClassificationBatch]):
         def labelled() -> Iterator[Record]:
             for *texts, label, where in self._unlabelled(records) if split is None else records:
                 if split is not None and label not in numbers:
-                    raise unknown_label(label, where, self.labels, self.given_labels is None)
+                    raise unknown_label(
+                        label, where, self.labels, "label", learned=self.given_labels is None
+                    )
                 places.append(where)
                 yield (*texts, label)
 
@@ -439,41 +476,7 @@ class ClassificationData(TextData[Store, ClassificationBatch]):
         return Share(np.array([index]), step_tokens=1, parts=1)
 
 
-class LabelFile:
-    """The labels of a training split, in the cache.
-
-    Args:
-        cache: The cache folder.
-        fingerprint: Of the training split.
-    """
-
-    def __init__(self, cache: Path, fingerprint: str) -> None:
-        self.folder = cache / "labels" / digest({"format": FORMAT, "labels": fingerprint})
-
-    def make(self, collect: Callable[[], list[str]]) -> None:
-        """Collect the labels where they are not there yet."""
-
-        def build(folder: Path) -> None:
-            text = json.dumps(collect(), ensure_ascii=False, indent=1)
-            (folder / "labels.json").write_text(text, encoding="utf-8")
-
-        build_once(self.folder, build)
-
-    def read(self) -> list[str]:
-        """The labels.
-
-        Raises:
-            CacheError: They are not there, or damaged.
-        """
-        try:
-            labels = json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CacheError.damaged(self.folder, error) from error
-        assert isinstance(labels, list)
-        return labels
-
-
-def check_number(name: str, number: int, labels: list[str], called: str, learned: bool) -> None:
+def check_number(name: str, number: int, labels: list[str], called: str, *, learned: bool) -> None:
     """Refuse another number of classes than there are labels.
 
     Args:
@@ -492,18 +495,22 @@ def check_number(name: str, number: int, labels: list[str], called: str, learned
     )
 
 
-def unknown_label(label: str, where: str, labels: list[str], learned: bool) -> DataError:
+def unknown_label(
+    label: str, where: str, labels: list[str], called: str, *, learned: bool
+) -> DataError:
     """The error of a label that is no class.
 
     Args:
         label: The label.
         where: Where it stands.
         labels: The known ones.
+        called: label or tag.
         learned: Whether they are those of the training split, and not given ones.
     """
     known = "the training split has" if learned else "the pretrained classifier has"
     return DataError(
-        f"{where}: there is no label {label!r}; {known} {listed(labels, label)}. Mend or remove it"
+        f"{where}: there is no {called} {label!r}; {known} {listed(labels, label)}; mend it or "
+        "remove the example"
     )
 
 

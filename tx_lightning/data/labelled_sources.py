@@ -27,6 +27,7 @@ from tx_lightning.data.sources import (
     value_at,
 )
 from tx_lightning.data.text import checked, read_lines
+from tx_lightning.data.text_sources import TextSource
 
 _SST2_FILES = {
     "train": "stsa.binary.train",
@@ -439,6 +440,32 @@ class HuggingFaceLabelled(LabelledSource):
                 label_at(row, label_key, where, names),
                 where,
             )
+
+
+class TextsOf(TextSource):
+    """The texts of a labelled source, one a document; empty ones are left out.
+
+    So the text that a classifier learns from can pretrain its encoder.
+
+    Args:
+        source: Where the texts come from; of a pair both are taken, one after the other.
+    """
+
+    def __init__(self, source: LabelledSource) -> None:
+        self.source = source
+
+    def splits(self) -> list[str]:
+        return self.source.splits()
+
+    def prepare(self) -> None:
+        self.source.prepare()
+
+    def texts(self, split: str) -> Iterator[str]:
+        examples = self.source.examples(split)
+        return (text for example in examples for text in (example.text, example.second) if text)
+
+    def fingerprint(self, split: str) -> str:
+        return hashlib.sha256(f"texts {self.source.fingerprint(split)}".encode()).hexdigest()
 
 
 def label_names(dataset: Any, key: str) -> list[str] | None:

@@ -143,7 +143,7 @@ class MaskedSampler(TokenBatchSampler):
     ) -> None:
         lengths = data.segments.lengths + AROUND
         super().__init__(
-            lengths,
+            np.zeros_like(lengths),  # There is one side, and its lengths are exact.
             lengths,
             batch_tokens,
             seed=seed,

@@ -219,9 +219,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         self.tokenizers = self._load_tokenizers()
         if self.trainer is not None and self.trainer.world_size > 1:
             self._check_same_everywhere()
-        stores = {
-            split: self.store_type(self.store_folder(split)) for split in self._splits(stage)
-        }
+        stores = {split: self.store_type(self.store_folder(split)) for split in self._splits(stage)}
         for split, store in stores.items():
             _check_not_empty(split, store)
         if self.train_split in stores:

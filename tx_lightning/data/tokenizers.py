@@ -150,6 +150,11 @@ class Tokenizer:
         rows = [[int(i) for i in row if int(i) not in self._names] for row in ids]
         return list(self._model.decode_batch(rows, skip_special_tokens=False))
 
+    def entries(self) -> list[str]:
+        """What stands for each id, without the spaces that keep some out of reach of text."""
+        found = (self._model.id_to_token(i) for i in range(self.vocab_size))
+        return [(entry or "").replace(" ", "") for entry in found]
+
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """Each token as a reader would write it, ``▁`` for a space; for axes and tables."""
         return [self._readable(int(i)) for i in ids]
@@ -203,7 +208,9 @@ class Tokenizers:
     @property
     def shared(self) -> bool:
         """Whether both sides use the same vocabulary."""
-        return self.source.sha256 == self.target.sha256
+        if self.source.sha256 == self.target.sha256:
+            return True
+        return self.source.entries() == self.target.entries()
 
     def to_dict(self) -> dict[str, str]:
         """Plain strings, for checkpoints."""

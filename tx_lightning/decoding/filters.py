@@ -5,6 +5,7 @@ Shapes: N rows being decoded, T tokens decoded so far, V vocabulary.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -38,6 +39,24 @@ class MinLength(Filter):
     def __call__(self, log_probs: Tensor, tokens: Tensor, eos_id: int) -> None:
         if tokens.shape[1] < self.length:
             log_probs[:, eos_id] = -math.inf
+
+
+class BeginWith(Filter):
+    """A hypothesis begins with certain tokens; BART's, for instance, with <s>.
+
+    Args:
+        ids: These tokens.
+    """
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+
+    def __call__(self, log_probs: Tensor, tokens: Tensor, eos_id: int) -> None:
+        length = tokens.shape[1]
+        if length < len(self.ids):
+            kept = log_probs[:, self.ids[length]].clone()
+            log_probs.fill_(-math.inf)
+            log_probs[:, self.ids[length]] = kept
 
 
 class NoRepeatNgram(Filter):

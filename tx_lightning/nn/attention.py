@@ -53,11 +53,14 @@ def short_attention(
     """
     b, h, t, width = q.shape
     q, k, v = (x.reshape(b * h, -1, width) for x in (q, k, v))
-    unused = q.new_empty(1, 1, 1)
-    scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
+    if causal:  # the mask is what the product is added to
+        hidden = ~causal_mask(t, k.shape[1], q.device)
+        bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -math.inf)
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
+    else:
+        unused = q.new_empty(1, 1, 1)
+        scores = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=width**-0.5)
     scores = scores.view(b, h, t, -1)
-    if causal:
-        scores = scores.masked_fill(~causal_mask(t, k.shape[1], q.device), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)

@@ -40,6 +40,13 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.t()
 
 
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """Return a^T b for a (M, N) and b (M, K): (N, K). oneDNN copies what it transposes: the less."""
+    if a.shape[1] <= b.shape[1]:
+        return matmul_transposed(a.t(), b.t())
+    return matmul_transposed(b.t(), a.t()).t()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b: (..., I) -> (..., O), weight (O, I), bias (O,)."""
     if (
@@ -73,7 +80,7 @@ class _OneDNNLinear(torch.autograd.Function):
         grad = grad.contiguous()
         return (
             matmul_transposed(grad, weight.t()) if need_x else None,
-            matmul_transposed(x.t(), grad.t()).t() if need_weight else None,
+            _outer(grad, x) if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
 

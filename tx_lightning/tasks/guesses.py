@@ -1,4 +1,4 @@
-"""What a model that fills gaps guessed, for scores and for tables.
+"""What a model that fills gaps was given and guessed, for scores and for tables.
 
 Shapes: N tokens, D d_model, V vocabulary.
 """
@@ -27,29 +27,35 @@ def best_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat(parts)
 
 
-def marked_text(
-    tokenizer: Tokenizer, ids: Sequence[int], marks: Mapping[int, str], *, spaced: bool
-) -> str:
+def gap_names(tokenizer: Tokenizer, vocab_size: int) -> dict[int, str]:
+    """How ids at the end of the embedding table are shown: ``<0>`` the last, ``<1>`` before it."""
+    return {i: f"<{vocab_size - 1 - i}>" for i in range(tokenizer.vocab_size, vocab_size)}
+
+
+def shown_tokens(tokenizer: Tokenizer, ids: Sequence[int], names: Mapping[int, str]) -> list[str]:
+    """Each token as a reader would write it, without padding; some ids have names of their own."""
+    return [
+        names[i] if i in names else tokenizer.tokens([i])[0] for i in ids if i != tokenizer.pad_id
+    ]
+
+
+def marked_text(tokenizer: Tokenizer, ids: Sequence[int], marks: Mapping[int, str]) -> str:
     """Write tokens as text, with something else at some places.
 
     Args:
         tokenizer: Of the tokens.
-        ids: Tokens without BOS, EOS and padding. At a marked place stands what the mark is put
-            for: it decides whether a space comes before it.
+        ids: Tokens without BOS, EOS and padding. Whether there is a space before a mark is up to
+            the token that it stands for; there is one where that is no token of the tokenizer.
         marks: What is written at each marked place.
-        spaced: Put a space before each mark.
     """
     starts = tokenizer.word_starts()
     text = ""
-    for place, token_id in enumerate(ids):
-        if place in marks and spaced:
-            text += f" {marks[place]}"
-            continue
-        token = tokenizer.tokens([token_id])[0].replace("▁", " ")
-        if starts[token_id] and not token[:1].isspace():
+    for place, i in enumerate(ids):
+        token = tokenizer.tokens([i])[0].replace("▁", " ") if i < len(starts) else " <>"
+        if i < len(starts) and not starts[i]:
+            token = token.removeprefix("##")  # of WordPiece
+        elif not token[:1].isspace():
             token = f" {token}"
-        elif not starts[token_id]:
-            token = token.removeprefix("##")
-        space = " " if token[:1] == " " and len(token) > 1 else ""
-        text += f"{space}{marks[place]}" if place in marks else token
+        blank = " " if len(token) > 1 and token[0] == " " else ""
+        text += blank + marks[place] if place in marks else token
     return text.strip()

@@ -5,7 +5,6 @@ Shapes: B blocks, L tokens of a block, D d_model.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -151,8 +150,8 @@ class LanguageModeling(Task[BlockBatch]):
             ids = data.example(index).ids[0].tolist()
             length = max(1, min(_SAMPLED, len(ids) // 2))
             halves.append([ids[:length], ids[length : 2 * length]])
-        texts = [tokenizer.decode_batch(pair) for pair in halves]
-        texts = [(prompt, truth) for prompt, truth in texts if prompt]
+        decoded = [tokenizer.decode_batch(pair) for pair in halves]
+        texts = [(prompt, truth) for prompt, truth in decoded if prompt]
         found = continue_texts(
             self.network,
             tokenizer,

@@ -17,7 +17,7 @@ from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import TokenMean
 from tx_lightning.models import MaskedLanguageModel
-from tx_lightning.tasks.guesses import best_tokens, marked_text
+from tx_lightning.tasks.guesses import best_tokens, marked_text, shown_tokens
 from tx_lightning.tasks.task import Labels, Row, Task, fused_adamw
 
 NetworkFactory = Callable[[int], MaskedLanguageModel]
@@ -197,8 +197,8 @@ class MaskedLanguageModeling(Task[MaskedBatch]):
             }
             rows.append(
                 {
-                    "masked": marked_text(tokenizer, original, masks, spaced=False),
-                    "guesses": marked_text(tokenizer, original, filled, spaced=False),
+                    "masked": marked_text(tokenizer, original, masks),
+                    "guesses": marked_text(tokenizer, original, filled),
                     "reference": tokenizer.decode_batch([original])[0],
                 }
             )
@@ -209,14 +209,9 @@ class MaskedLanguageModeling(Task[MaskedBatch]):
         self, batch: MaskedBatch
     ) -> tuple[tuple[Tensor, ...], list[dict[str, Labels]]]:
         """Return what the network is called with and, per example, the labels of its maps."""
-        tokenizer = self.tokenizer
-        mask = mask_id(tokenizer, self.vocab_size)
+        names = {mask_id(self.tokenizer, self.vocab_size): _MASK}
         labels: list[dict[str, Labels]] = []
         for row in batch.ids.tolist():
-            tokens = [
-                _MASK if token_id == mask else tokenizer.tokens([token_id])[0]
-                for token_id in row
-                if token_id != tokenizer.pad_id
-            ]
+            tokens = shown_tokens(self.tokenizer, row, names)
             labels.append({"encoder.self": (tokens, tokens)})
         return (batch.ids,), labels

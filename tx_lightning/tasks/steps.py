@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _NO_DECAY = {"weight_decay": 0.0}
 _EMBEDDING = re.compile(r"embedding|positions")
@@ -50,7 +49,9 @@ def configure_optimizers(
         groups.append({"params": parameters} if is_matrix else {"params": parameters, **_NO_DECAY})
     built = optimizer(groups)
     if layer_decay is not None:
-        for (depth, _), group in zip(sorted(members, reverse=True), built.param_groups, strict=True):
+        for (depth, _), group in zip(
+            sorted(members, reverse=True), built.param_groups, strict=True
+        ):
             group["lr"] *= layer_decay ** (deepest - depth)
     if scheduler is None:
         return {"optimizer": built}
@@ -71,10 +72,7 @@ def parameter_depths(network: nn.Module) -> dict[str, int]:
     names = [name for name, _ in network.named_parameters()]
     layers = {name: int(match[1]) + 1 for name in names if (match := _LAYER.search(name))}
     top = max(layers.values(), default=0) + 1
-    return {
-        name: layers.get(name, 0 if _EMBEDDING.search(name) else top)
-        for name in names
-    }
+    return {name: layers.get(name, 0 if _EMBEDDING.search(name) else top) for name in names}
 
 
 def seed_batch(trainer: Trainer, batch_idx: int) -> None:

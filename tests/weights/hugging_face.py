@@ -1,0 +1,154 @@
+"""Small models of transformers with random weights, small tokenizers, and folders of both."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BartTokenizer,
+    BertConfig,
+    BertTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    MarianConfig,
+    MarianMTModel,
+)
+
+from tx_lightning.checkpoints import load_task
+from tx_lightning.data.tokenizers import Tokenizer
+from tx_lightning.tasks import Task
+
+ROWS = 320  # of the tables: more than the tokenizers have entries
+TEXTS = ["the quick brown fox jumps over the lazy dog.", "Hello world! Straße, naïve café"] * 20
+SAMPLES = [
+    "the fox",
+    "Hello, lazy dog!",
+    "  two  spaces",
+    "Straße 漢字 \U0001f600",
+    "a\tb\nc",
+    "",
+    " ",
+]
+WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] the quick brown fox jump ##s over lazy dog . , ! hello world"
+).split()
+
+CLOSE: dict[str, float] = {"rtol": 0, "atol": 1e-5}
+
+
+def randomized(model: Any) -> Any:
+    """Draw all weights anew, biases, norms and buffers that are learned included."""
+    for name, parameter in model.named_parameters():
+        if "embed_positions" not in name or parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    if "final_logits_bias" in dict(model.named_buffers()):
+        nn.init.normal_(model.final_logits_bias)
+    return model.eval()
+
+
+def byte_pairs(folder: Path, special: list[str]) -> None:
+    """Write vocab.json and merges.txt."""
+    model = ByteLevelBPETokenizer()
+    model.train_from_iterator(TEXTS, vocab_size=300, special_tokens=special)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_model(str(folder))
+
+
+def gpt2_tokenizer(folder: Path) -> Any:
+    byte_pairs(folder, ["<|endoftext|>"])
+    return GPT2Tokenizer.from_pretrained(folder)
+
+
+def bart_tokenizer(folder: Path) -> Any:
+    byte_pairs(folder, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    return BartTokenizer.from_pretrained(folder)
+
+
+def bert_tokenizer(folder: Path) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join([*WORDS, *"abcdefghij"]) + "\n", "utf-8")
+    return BertTokenizer.from_pretrained(folder)
+
+
+def gpt2(**changes: Any) -> Any:
+    settings = {
+        "vocab_size": ROWS,
+        "n_positions": 32,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return randomized(GPT2LMHeadModel(GPT2Config(**(settings | changes))))
+
+
+def bert_config(**changes: Any) -> Any:
+    settings = {
+        "vocab_size": ROWS,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "max_position_embeddings": 24,
+        "pad_token_id": 0,
+    }
+    return BertConfig(**(settings | changes))
+
+
+def _encoder_decoder(**changes: Any) -> dict[str, Any]:
+    settings = {
+        "vocab_size": ROWS,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 48,
+    }
+    return settings | changes
+
+
+def bart(**changes: Any) -> Any:
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(**_encoder_decoder(**(ids | changes)))
+    return randomized(BartForConditionalGeneration(config))
+
+
+def marian(rows: int = ROWS, **changes: Any) -> Any:
+    ids = {"pad_token_id": rows - 1, "eos_token_id": 0, "decoder_start_token_id": rows - 1}
+    config = MarianConfig(**_encoder_decoder(vocab_size=rows, **(ids | changes)))
+    return randomized(MarianMTModel(config))
+
+
+def save(folder: Path, model: Any, tokenizer: Any, *, shards: str = "5GB") -> str:
+    """Write a folder as transformers does."""
+    model.save_pretrained(folder, max_shard_size=shards)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def load(path: Path) -> Task[Any]:
+    task = load_task(path)
+    assert isinstance(task, Task)
+    return task
+
+
+def tokens(*shape: int, low: int = 5) -> Tensor:
+    """Random ids, no special ones."""
+    return torch.randint(low, ROWS - 1, shape)
+
+
+def encoded(tokenizer: Tokenizer, texts: list[str] = SAMPLES) -> list[list[int]]:
+    return tokenizer.encode_batch(texts)
+
+
+def theirs(tokenizer: Any, texts: list[str] = SAMPLES) -> list[list[int]]:
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

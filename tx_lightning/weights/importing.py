@@ -1,0 +1,180 @@
+"""`import_weights`: a folder of Hugging Face becomes a checkpoint that every verb takes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningModule
+
+from tx_lightning.checkpoints import RECORD, checkpoint_record, write_atomically
+from tx_lightning.weights import bert, gpt2, seq2seq
+from tx_lightning.weights.configuration import Arguments, Configuration
+from tx_lightning.weights.errors import WeightsError
+from tx_lightning.weights.folders import (
+    CONFIG,
+    GENERATION,
+    check_free,
+    local_folder,
+    read_config,
+    read_json,
+    read_tensors,
+)
+from tx_lightning.weights.plans import Family, ImportPlan
+from tx_lightning.weights.rules import Tensors, listed
+from tx_lightning.weights.tokenizer_files import read_tokenizers
+
+IMPORTED = "imported"  # the entry of a checkpoint with what writing the folder again needs
+FAMILIES = {
+    family.model_type: family for family in (gpt2.FAMILY, bert.FAMILY, seq2seq.BART, seq2seq.MARIAN)
+}
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a folder became.
+
+    Args:
+        architecture: What was read.
+        task: The class of the task that it became.
+        parameters: How many numbers were taken, tied ones once.
+        notes: What the user should know, a line each.
+    """
+
+    architecture: str
+    task: str
+    parameters: int
+    notes: list[str]
+
+
+def import_weights(
+    folder_or_name: str, output: str | Path, *, task: str | None = None, n_texts: int = 1
+) -> Imported:
+    """Write a checkpoint with the network, the weights and the tokenizers of a folder.
+
+    Args:
+        folder_or_name: A folder with config.json, weights and tokenizer, or the name of a model of
+            the Hugging Face hub, which is downloaded to its cache.
+        output: The checkpoint to write; it must not exist.
+        task: What to make of it, such as `Classification`, where it is open or the head is to be
+            another.
+        n_texts: How many texts a classifier takes at once, 1 or 2.
+
+    Raises:
+        WeightsError: The folder cannot be read or represented.
+        CheckpointError: The checkpoint cannot be written.
+    """
+    output = Path(output)
+    check_free(output)
+    folder = local_folder(folder_or_name)
+    values = read_config(folder)
+    family, architecture = _family(values, folder)
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    config = Configuration({**generation, **values}, family.defaults, str(folder / CONFIG))
+    plan = family.plan(config, architecture, task)
+    tensors, where = read_tensors(folder)
+    tensors = _renamed(tensors, family)
+    plan, notes = _settle(plan, tensors)
+    tokenizers = read_tokenizers(folder, config, family)
+    built = build_task(plan.settings)
+    kept, new = _load(built, plan, tensors, where)
+    if new:
+        notes.append(f"new, and to be trained: {listed(new)}")
+    record = checkpoint_record(
+        plan.settings,
+        tokenizers.to_dict(),
+        labels=plan.labels,
+        n_texts=None if plan.labels is None else n_texts,
+    )
+    checkpoint = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": built.state_dict(),
+        RECORD: record,
+        IMPORTED: {"config": values, "generation": generation, "kept": kept},
+    }
+    built.on_load_checkpoint(checkpoint)  # refuses what does not suit the network
+    write_atomically(checkpoint, output)
+    parameters = sum(parameter.numel() for parameter in built.parameters())
+    return Imported(architecture, plan.task, parameters, notes)
+
+
+def _family(values: Mapping[str, Any], folder: Path) -> tuple[Family, str]:
+    """The family and architecture that a config.json names."""
+    named = values.get("architectures") or []
+    architecture = str(named[0]) if isinstance(named, list) and named else None
+    known = {name: family for family in FAMILIES.values() for name in family.architectures}
+    model_type = values.get("model_type")
+    if architecture is None and model_type in FAMILIES:
+        return FAMILIES[model_type], FAMILIES[model_type].architectures[0]
+    if architecture in known and model_type in (None, known[architecture].model_type):
+        return known[architecture], architecture
+    what = (
+        f"architectures is {architecture}, model_type {model_type}"
+        if architecture
+        else f"model_type is {model_type}"
+    )
+    raise WeightsError(f"{folder / CONFIG}: {what}; supported: {', '.join(known)}")
+
+
+def _renamed(tensors: Tensors, family: Family) -> Tensors:
+    """Tensors by the names that a file with a head has today."""
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.partition(".")[0] in family.parts:
+            name = f"{family.base}.{name}"
+        if name.endswith((".gamma", ".beta")):  # what TensorFlow calls them
+            name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+        renamed[name] = tensor
+    return renamed
+
+
+def _settle(plan: ImportPlan, tensors: Tensors) -> tuple[ImportPlan, list[str]]:
+    """Leave out of a plan what the folder does not have, and of the tensors what has no place."""
+    notes = list(plan.notes)
+    rules = [
+        rule
+        for rule in plan.table.rules
+        if not rule.ours.startswith(plan.new) or any(name in tensors for name in rule.theirs)
+    ]
+    wanted = {name for rule in rules for name in rule.theirs} | plan.table.theirs_tied.keys()
+    for beginning, what in plan.dropped.items():
+        left = [name for name in tensors if name.startswith(beginning) and name not in wanted]
+        for name in left:
+            del tensors[name]
+        if left:
+            notes.append(f"left out: {what} ({beginning}*), as a {plan.task} has none")
+    return replace(plan, table=replace(plan.table, rules=rules)), notes
+
+
+def build_task(settings: Arguments) -> LightningModule:
+    """Build the task; what stays new is the same each time."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "task", fail_untyped=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            task = parser.instantiate(parser.parse_object({"task": settings})).task
+        except ArgumentError as error:
+            reason = " ".join(str(error).split())
+            raise WeightsError(f"a task of these settings cannot be built: {reason}") from error
+    assert isinstance(task, LightningModule)
+    return task
+
+
+def _load(
+    task: LightningModule, plan: ImportPlan, tensors: Tensors, where: str
+) -> tuple[Tensors, list[str]]:
+    """Put the weights into the network of a task; return what is kept, and what stays new."""
+    network = task.get_submodule("network")
+    own = network.state_dict()
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    ours, kept = plan.table.read(tensors, shapes, where)
+    new = [name for name in own if name not in ours]
+    assert all(name.startswith(plan.new) for name in new), new
+    network.load_state_dict({**own, **ours})
+    return kept, new
