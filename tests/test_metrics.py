@@ -7,8 +7,15 @@ import sacrebleu
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
-from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
+from tx_lightning.metrics import Confusion, ConfusionCounts, CorpusBLEU, CorpusChrF, TokenMean
 
 WORDS = ["the", "a", "dog", "Dog", "cat,", "sleeps.", "café", "3.14", "!", "(well)", "don't"]
 
@@ -106,6 +113,48 @@ def test_token_mean_does_not_lose_small_terms() -> None:
     assert metric.compute().item() == 1e8 + 25.0
 
 
+def classes(n: int, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return given classes and labels, unbalanced, and often equal."""
+    generator = torch.Generator().manual_seed(n)
+    labels = torch.rand(n, generator=generator).square().mul(n_classes).long()
+    wrong = torch.rand(n, generator=generator) < 0.4
+    return (labels + wrong * torch.arange(n)) % n_classes, labels
+
+
+def test_confusion_by_hand() -> None:
+    metric = ConfusionCounts(3)
+    metric.update(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, -1]))  # one has no label
+    metric.update(torch.tensor([1]), torch.tensor([0]))
+    confusion = metric.compute()
+    assert confusion.counts.tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert confusion.accuracy == 0.5
+    assert confusion.macro_f1 == 0.5  # the third class is nobody's
+    assert confusion.per_class()[0] == (0.5, 0.5, 0.5, 2)
+    assert confusion.per_class()[2] == (0.0, 0.0, 0.0, 0)
+    nothing = Confusion(torch.zeros(2, 2, dtype=torch.int64))
+    assert torch.tensor([nothing.accuracy, nothing.macro_f1]).isnan().all()
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, 30])
+def test_confusion_is_that_of_torchmetrics(n_classes: int) -> None:
+    metric = ConfusionCounts(n_classes)
+    given, labels = classes(97, n_classes)
+    for start in range(0, 97, 10):
+        metric.update(given[start : start + 10], labels[start : start + 10])
+    confusion = metric.compute()
+    expected = multiclass_confusion_matrix(given, labels, n_classes)
+    assert torch.equal(confusion.counts, expected)
+    accuracy = multiclass_accuracy(given, labels, n_classes, average="micro")
+    assert confusion.accuracy == pytest.approx(float(accuracy), abs=1e-6)
+    f1 = multiclass_f1_score(given, labels, n_classes, average="macro")
+    assert confusion.macro_f1 == pytest.approx(float(f1), abs=1e-6)
+    for place, score in enumerate((multiclass_precision, multiclass_recall, multiclass_f1_score)):
+        each = score(given, labels, n_classes, average=None)
+        ours = torch.tensor([row[place] for row in confusion.per_class()])
+        torch.testing.assert_close(ours, each.float())
+    assert [row.support for row in confusion.per_class()] == expected.sum(1).tolist()
+
+
 def _evaluate_shard(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -118,7 +167,12 @@ def _evaluate_shard(rank: int, folder: str) -> None:
     chrf.update(hypotheses[shard], references[shard])
     for i in range(60)[shard]:
         mean.update(float(i), i)
+    given, labels = (tensor[shard] for tensor in classes(60, 4))
+    counts = ConfusionCounts(4)
+    counts.update(given, labels)
+    confusion = counts.compute()
     scores = [metric.compute().item() for metric in (bleu, chrf, mean)]
+    scores += [confusion.accuracy, confusion.macro_f1]
     torch.save(scores, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -126,9 +180,12 @@ def _evaluate_shard(rank: int, folder: str) -> None:
 def test_two_processes_with_uneven_shards_give_the_same_digits(tmp_path: Path) -> None:
     start_processes(_evaluate_shard, (str(tmp_path),), nprocs=2, start_method="spawn")
     hypotheses, references = corpus(60)
+    confusion = Confusion(multiclass_confusion_matrix(*classes(60, 4), 4))
     expected = [
         sacrebleu.corpus_bleu(hypotheses, [references]).score,
         sacrebleu.corpus_chrf(hypotheses, [references]).score,
         1.0,
+        confusion.accuracy,
+        confusion.macro_f1,
     ]
     assert [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)] == [expected, expected]

@@ -146,7 +146,7 @@ def test_every_dependency_is_pinned_inside_its_range(python: str) -> None:
 
 
 def test_the_extras_exist_and_dev_holds_what_the_tests_import() -> None:
-    assert {"dev", "benchmarks", "datasets", "tensorboard"} == EXTRAS.keys()
+    assert {"dev", "benchmarks", "datasets", "huggingface", "tensorboard"} == EXTRAS.keys()
     own = {extra for line in EXTRAS["dev"] for extra in Requirement(line).extras}
     everything = PROJECT["dependencies"] + EXTRAS["dev"] + [x for name in own for x in EXTRAS[name]]
     # packaging comes with pytest.
@@ -159,7 +159,7 @@ def test_the_extras_exist_and_dev_holds_what_the_tests_import() -> None:
 
 def test_every_import_is_a_declared_dependency() -> None:
     required = declared(PROJECT["dependencies"])
-    optional = declared(EXTRAS["tensorboard"] + EXTRAS["datasets"])
+    optional = declared(EXTRAS["tensorboard"] + EXTRAS["datasets"] + EXTRAS["huggingface"])
     used = set()
     for path in modules():
         for module in third_party(path):

@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from tests import wandb_file
-from tests.test_experiments import EXPERIMENTS, shrink
+from tests.test_experiments import TRANSLATION as QUICKSTART
+from tests.test_experiments import shrink
 from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import load_task, read_checkpoint
 from tx_lightning.loggers import read_metrics
 from tx_lightning.tasks import Translation
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = next(path for path in EXPERIMENTS if path.parent.name == "quickstart")
 
 
 STEPS = 200

@@ -16,6 +16,8 @@ VERBS = {
     "generate": "continue prompts with the checkpoint of a language model",
     "classify": "label texts from standard input, or the words in them, with a checkpoint",
     "average": "average the weights of several checkpoints into one",
+    "import": "make a checkpoint of GPT-2, BERT, BART or Marian weights of Hugging Face",
+    "export": "write a checkpoint as a folder that transformers loads",
 }
 
 USAGE = f"""\

@@ -481,6 +481,14 @@ def _dispatch(words: Sequence[str]) -> int:
         from tx_lightning.averaging import main
 
         return main(words[1:])
+    if words[0] == "import":
+        from tx_lightning.weights.import_verb import main
+
+        return main(words[1:])
+    if words[0] == "export":
+        from tx_lightning.weights.export_verb import main
+
+        return main(words[1:])
     import_classes()
     CommandLine(words)
     return 0

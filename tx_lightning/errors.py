@@ -36,7 +36,8 @@ def one_line(error: BaseException) -> str | None:
     ours = isinstance(error, ValueError) and _raised_by_us(error, through=None)
     if ours or isinstance(error, MisconfigurationException):
         return " ".join(str(error).split()) or type(error).__name__
-    return None
+    # The parser wraps what a class of a configuration refuses when it is built.
+    return None if error.__cause__ is None else one_line(error.__cause__)
 
 
 def _raised_by_us(error: BaseException, through: Path | None) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 
 from tests.data.test_masked_language_modeling_data import (
     NAMES,
@@ -302,6 +303,28 @@ def test_overfitting_repeats_the_same_damage() -> None:
 def test_a_vocabulary_leaves_the_sentinels_free() -> None:
     assert ready(data()).tokenizers.source.vocab_size == V - 20
     assert ready(data(TextInfilling())).reserved == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (None, SpanCorruption()),
+        ("SpanCorruption", SpanCorruption()),
+        ("TextInfilling", TextInfilling()),
+    ],
+)
+def test_noise_named_in_yaml_has_its_own_defaults(named: str | None, expected: Noise) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DenoisingData, "data", fail_untyped=False)
+    settings: dict[str, Any] = {
+        "source": {"class_path": "tx_lightning.data.GrammarText"},
+        "vocab_size": 1000,
+    }
+    if named:
+        settings["noise"] = {"class_path": f"tx_lightning.data.{named}"}
+    module = parser.instantiate(parser.parse_object({"data": settings})).data
+    assert type(module.noise) is type(expected)
+    assert vars(module.noise) == vars(expected)
 
 
 def test_a_mask_of_the_tokenizer_is_no_sentinel() -> None:

@@ -33,6 +33,11 @@ def numbers(first: int, last: int) -> list[str]:
     return [" ".join(NAMES[int(d)] for d in str(i**4)) for i in range(first, last)]
 
 
+def counting(first: int, last: int) -> list[str]:
+    """Texts that count on from some digit: each tells what its neighbours are."""
+    return [" ".join(NAMES[(i + k) % 10] for k in range(5 + i % 4)) for i in range(first, last)]
+
+
 class Documents(TextSource):
     """Documents given to it."""
 

@@ -87,3 +87,10 @@ def test_dropout_is_on_the_inner_activations(block: type[ReLUFeedForward]) -> No
 def test_wrong_width(block: Callable[[int, int], nn.Module]) -> None:
     with pytest.raises(RuntimeError):
         block(8, 12)(torch.randn(2, 3, 9))
+
+
+@pytest.mark.parametrize("block", [ReLUFeedForward, GELUFeedForward, SwishFeedForward])
+def test_without_biases_only_matrices_are_left(block: Callable[..., nn.Module]) -> None:
+    made = block(8, 12, bias=False)
+    assert [tuple(p.shape) for p in made.parameters()] == [(12, 8), (8, 12)]
+    assert torch.equal(made(torch.zeros(1, 1, 8)), torch.zeros(1, 1, 8))

@@ -136,7 +136,9 @@ def test_scores_are_those_of_every_token_once(tmp_path: Path) -> None:
         total = 0.0
         for i, block in enumerate(blocks):
             ids = torch.tensor([before[i * BLOCK : i * BLOCK + len(block)]])
-            loss = F.cross_entropy(task.eval().network(ids)[0], torch.tensor(block), reduction="sum")
+            loss = F.cross_entropy(
+                task.eval().network(ids)[0], torch.tensor(block), reduction="sum"
+            )
             total += float(loss)
     assert scores["val/loss"] == pytest.approx(total / len(stream), rel=1e-5)
     assert scores["val/perplexity"] == pytest.approx(math.exp(scores["val/loss"]), rel=1e-5)
@@ -148,7 +150,19 @@ def test_scores_are_those_of_every_token_once(tmp_path: Path) -> None:
     stream = data.test_store.stream("text").tolist()
     assert scores["test/sliding_loss"] == pytest.approx(by_hand(task, stream, BLOCK), rel=1e-5)
     assert scores["test/sliding_loss"] < scores["test/loss"]
+    assert [row["prompt"] for row in task.sample_rows(1)]
     assert "test/sliding_bits_per_byte" in scores
+
+
+def test_fit_may_follow_a_validation_and_samples_a_test_alone(tmp_path: Path) -> None:
+    task = make_task()
+    make_trainer(tmp_path, limit_val_batches=1.0).validate(task, make_data(), verbose=False)
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(task, make_data())
+    assert "val/loss" in trainer.callback_metrics
+    other = make_task()
+    make_trainer(tmp_path).test(other, make_data(), verbose=False)  # opens no validation split
+    assert other.sample_rows(2)
 
 
 def test_excess_is_what_lies_above_the_optimum(tmp_path: Path) -> None:
@@ -202,7 +216,9 @@ def test_a_checkpoint_is_enough(tmp_path: Path) -> None:
 
 
 def test_blocks_longer_than_the_context_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="block_length is 9, but the network's context_length is 8"):
+    with pytest.raises(
+        ValueError, match="block_length is 9, but the network's context_length is 8"
+    ):
         make_trainer(tmp_path, max_steps=1).fit(make_task(), make_data(block_length=9))
 
 

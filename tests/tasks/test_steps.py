@@ -95,7 +95,9 @@ def test_frozen_parameters_are_left_out_and_stay() -> None:
 
 
 def test_a_pattern_that_names_nothing_or_everything_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no parameter is named 'layers\.0\.\*'; .* encoder, pooler"):
+    with pytest.raises(
+        ValueError, match=r"no parameter is named 'layers\.0\.\*'; .* encoder, pooler"
+    ):
         freeze_parameters(classifier(), ["layers.0.*"])
     with pytest.raises(ValueError, match="leaves no parameter to train"):
         freeze_parameters(classifier(), ["*"])

@@ -1,8 +1,11 @@
 """Small models of transformers with random weights, small tokenizers, and folders of both."""
 
+import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ from tx_lightning.tasks import Task
 
 ROWS = 320  # of the tables: more than the tokenizers have entries
 TEXTS = ["the quick brown fox jumps over the lazy dog.", "Hello world! Straße, naïve café"] * 20
+OTHERS = ["der schnelle braune Fuchs springt über den faulen Hund.", "Здравствуй, мир! Straße"] * 20
 SAMPLES = [
     "the fox",
     "Hello, lazy dog!",
@@ -38,7 +42,9 @@ WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] the quick brown fox jump ##s over lazy dog . , ! hello world"
 ).split()
 
-CLOSE: dict[str, float] = {"rtol": 0, "atol": 1e-5}
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def randomized(model: Any) -> Any:
@@ -152,3 +158,37 @@ def encoded(tokenizer: Tokenizer, texts: list[str] = SAMPLES) -> list[list[int]]
 
 def theirs(tokenizer: Any, texts: list[str] = SAMPLES) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Change values of a JSON file."""
+    values = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(values | changes), "utf-8")
+
+
+def sentence_pieces(folder: Path) -> int:
+    """Write the files of a Marian tokenizer; return the number of its entries."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {"</s>": 0, "<unk>": 1}
+    for side, texts in (("source", TEXTS), ("target", OTHERS)):
+        model = BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=60,
+            hard_vocab_limit=False,
+            normalization_rule_name="nmt_nfkc",
+            minloglevel=2,
+        )
+        (folder / f"{side}.spm").write_bytes(model.getvalue())
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        for i in range(pieces.get_piece_size()):
+            if not pieces.is_control(i) and not pieces.is_unknown(i):
+                entries.setdefault(pieces.id_to_piece(i), len(entries))
+    entries[">>fr<<"] = len(entries)
+    entries["<pad>"] = len(entries)
+    (folder / "vocab.json").write_text(json.dumps(entries), "utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "MarianTokenizer"}), "utf-8"
+    )
+    return len(entries)

@@ -16,6 +16,7 @@ from tx_lightning.models import LanguageModel
 from tx_lightning.tasks import LanguageModeling
 from tx_lightning.tasks.continuation import continue_texts
 from tx_lightning.weights import WeightsError, export_weights, import_weights
+from tx_lightning.weights.importing import build_task
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_logits_equal_and_the_weights_come_back_bit_for_bit(
     assert imported.parameters == sum(p.numel() for p in model.parameters())
     task, ids = hf.load(tmp_path / "m.ckpt"), hf.tokens(3, 20)
     expected = model(ids).logits
-    torch.testing.assert_close(task.network(ids), expected, **hf.CLOSE)
+    hf.assert_close(task.network(ids), expected)
     assert export_weights(tmp_path / "m.ckpt", tmp_path / "ours") == "GPT2LMHeadModel"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert torch.equal(again(ids).logits, expected)
@@ -84,7 +85,7 @@ def test_a_model_without_head_or_with_old_buffers_is_the_same(
     import_weights(str(folder), tmp_path / "m.ckpt")
     ids = hf.tokens(2, 9)
     network = hf.load(tmp_path / "m.ckpt").network
-    torch.testing.assert_close(network(ids), model(ids).logits, **hf.CLOSE)
+    hf.assert_close(network(ids), model(ids).logits)
 
 
 def test_dropout_that_cannot_differ_is_said(tokenizer: Any, tmp_path: Path) -> None:
@@ -135,8 +136,6 @@ def own(path: Path, **changes: Any) -> LanguageModel:
         },
     }
     record = checkpoint_record(settings, Tokenizers.one(tokenizer).to_dict())
-    from tx_lightning.weights.importing import build_task
-
     task = build_task(settings)
     for parameter in task.parameters():
         parameter.data.normal_(std=0.3)
@@ -150,7 +149,7 @@ def test_a_model_trained_here_is_a_gpt2(tmp_path: Path) -> None:
     network = own(tmp_path / "own.ckpt")
     export_weights(tmp_path / "own.ckpt", tmp_path / "ours")
     theirs, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "ours"), hf.tokens(2, 20)
-    torch.testing.assert_close(theirs(ids).logits, network(ids), **hf.CLOSE)
+    hf.assert_close(theirs(ids).logits, network(ids))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     task = hf.load(tmp_path / "own.ckpt")
     assert hf.theirs(tokenizer) == hf.encoded(task.tokenizer)

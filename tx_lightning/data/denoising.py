@@ -84,11 +84,6 @@ class Noise(ABC):
         return vocab_size - 1 - np.arange(self.n_sentinels)
 
 
-def _check_rate(name: str, rate: float) -> None:
-    if not 0 < rate < 1:
-        raise DataError(f"{name}: rate is {rate}; it must be between 0 and 1")
-
-
 class SpanCorruption(Noise):
     """Spans are replaced by a sentinel each; the target lists them, each after its sentinel.
 
@@ -290,7 +285,8 @@ class DenoisingData(SegmentData[TranslationBatch]):
         vocab_size: Rows of the embedding table; a vocabulary that is learned leaves the last ones
             to the noise.
         tokenizer: How the vocabulary is learned from the training split.
-        noise: How texts are damaged: `SpanCorruption` or `TextInfilling`.
+        noise: How texts are damaged: `SpanCorruption` or `TextInfilling`; null: the first, as it
+            is by default.
         max_length: Most tokens of a whole segment, with BOS and EOS.
         batch_tokens: Budget of an optimizer step, over all processes and accumulated batches: rows
             x the longest side among them, EOS and padding included.
@@ -313,7 +309,7 @@ class DenoisingData(SegmentData[TranslationBatch]):
         vocab_size: int,
         *,
         tokenizer: TokenizerTrainer = ByteLevelBPE(),  # noqa: B008  # never changed
-        noise: Noise = SpanCorruption(),  # noqa: B008  # never changed
+        noise: Noise | None = None,
         max_length: int = 256,
         batch_tokens: int = 8192,
         eval_batch_tokens: int | None = None,
@@ -324,10 +320,12 @@ class DenoisingData(SegmentData[TranslationBatch]):
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
+        # No object is the default: another class would be given the arguments that it was made of.
+        self.noise = noise or SpanCorruption()
         super().__init__(
             source,
             vocab_size,
-            reserved=noise.n_sentinels,
+            reserved=self.noise.n_sentinels,
             tokenizer=tokenizer,
             max_length=max_length,
             batch_tokens=batch_tokens,
@@ -339,7 +337,6 @@ class DenoisingData(SegmentData[TranslationBatch]):
             seed=seed,
             cache_dir=cache_dir,
         )
-        self.noise = noise
         self._check_noise(np.arange(1, max_length - AROUND + 1))
 
     def _check_noise(self, lengths: Counts) -> None:
@@ -387,6 +384,11 @@ class DenoisingData(SegmentData[TranslationBatch]):
         tokenizer = self.tokenizers.source
         sentinels = self.noise.sentinel_ids(tokenizer, self.vocab_size)
         return NoisySegments(self.segments(store), self.noise, sentinels, row_ids(tokenizer), seed)
+
+
+def _check_rate(name: str, rate: float) -> None:
+    if not 0 < rate < 1:
+        raise DataError(f"{name}: rate is {rate}; it must be between 0 and 1")
 
 
 def _parts(total: int, parts: int, random: np.random.Generator) -> Counts:

@@ -161,22 +161,26 @@ class LanguageModelingData(TextData[Store, BlockBatch]):
 
     @property
     def n_examples(self) -> int:
-        return len(self._side_by_side(self.val_store))
+        return self.n_blocks(self.val_store)
+
+    def n_blocks(self, store: Store) -> int:
+        """Blocks side by side in a store."""
+        return len(self._side_by_side(store))
+
+    def evaluated_store(self, split: str) -> Store:
+        """The store of `val` or `test`."""
+        return self.val_store if split == "val" else self.test_store
 
     def bytes_per_token(self, split: str) -> float:
         """Bytes of the text of a split, in UTF-8, by the tokens that are predicted in it."""
-        store = self.val_store if split == "val" else self.test_store
+        store = self.evaluated_store(split)
         return store.bytes[TEXT] / store.tokens[TEXT]
 
     def optimum(self, split: str) -> float | None:
         """The least loss that can be expected on a split, in nats a token; None where unknown."""
-        name, store = (
-            (self.val_split, self.val_store)
-            if split == "val"
-            else (self.test_split, self.test_store)
-        )
+        name = self.val_split if split == "val" else self.test_split
         total = self.source.optimum_log_loss(name)
-        return None if total is None else total / store.tokens[TEXT]
+        return None if total is None else total / self.evaluated_store(split).tokens[TEXT]
 
     def _eos_id(self) -> int:
         return self.tokenizers.source.eos_id

@@ -275,9 +275,10 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         sampler = self.train_sampler()
         return self.train_batches().__getitems__(sampler.share(self.largest_step(sampler), turn=0))
 
-    def example(self, index: int) -> B:
-        """A validation example as a batch of its own, without padding."""
-        return self.evaluation_batches(self.val_store).__getitems__(self.example_share(index))
+    def example(self, index: int, store: S | None = None) -> B:
+        """An example of a store, of validation where None, as a batch of its own."""
+        batches = self.evaluation_batches(self.val_store if store is None else store)
+        return batches.__getitems__(self.example_share(index))
 
     def state_dict(self) -> dict[str, Any]:
         """Which tokenizers the checkpoint belongs to."""

@@ -26,7 +26,9 @@ from tx_lightning.data.errors import DataError
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
 _SPECIAL_ENTRIES = [f"{name} " for name in SPECIAL_NAMES]
-_OURS = "tx_lightning"  # the entry of a tokenizer's JSON that holds the special ids of a foreign one
+_OURS = (
+    "tx_lightning"  # the entry of a tokenizer's JSON that holds the special ids of a foreign one
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Tokenizer:
         self._prefix = list(special.prefix)
         self._json = text
         self._bytes = '"ByteLevel"' in text and isinstance(self._model.model, models.BPE)
+        self._word_starts: npt.NDArray[np.bool_] | None = None
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
@@ -170,6 +173,11 @@ class Tokenizer:
         Those that begin with a blank do, and the special ones; of WordPiece those without ``##``.
         Where no token begins with a blank, each is a word of its own.
         """
+        if self._word_starts is None:
+            self._word_starts = self._find_word_starts()
+        return self._word_starts
+
+    def _find_word_starts(self) -> npt.NDArray[np.bool_]:
         word_pieces = isinstance(self._model.model, models.WordPiece)
         special = self.special_ids
         ordinary = [i for i in range(self.vocab_size) if i not in special]

@@ -18,12 +18,13 @@ class ReLUFeedForward(nn.Module):
         d_model: Width of input and output.
         d_ff: Width in between.
         dropout: Dropout on the activations.
+        bias: Whether b1 and b2 are there.
     """
 
-    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
-        self.inner = Linear(d_model, d_ff)
-        self.outer = Linear(d_ff, d_model)
+        self.inner = Linear(d_model, d_ff, bias=bias)
+        self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,15 +39,21 @@ class GELUFeedForward(nn.Module):
         d_ff: Width in between.
         dropout: Dropout on the activations.
         approximate: "none" for the exact function (BERT), "tanh" for its approximation (GPT-2).
+        bias: Whether b1 and b2 are there.
     """
 
     def __init__(
-        self, d_model: int, d_ff: int, dropout: float = 0.0, approximate: str = "none"
+        self,
+        d_model: int,
+        d_ff: int,
+        dropout: float = 0.0,
+        approximate: str = "none",
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.inner = Linear(d_model, d_ff)
+        self.inner = Linear(d_model, d_ff, bias=bias)
         self.activation = nn.GELU(approximate)
-        self.outer = Linear(d_ff, d_model)
+        self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,12 +67,13 @@ class SwishFeedForward(nn.Module):
         d_model: Width of input and output.
         d_ff: Width in between.
         dropout: Dropout on the activations.
+        bias: Whether b1 and b2 are there.
     """
 
-    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
-        self.inner = Linear(d_model, d_ff)
-        self.outer = Linear(d_ff, d_model)
+        self.inner = Linear(d_model, d_ff, bias=bias)
+        self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def best_tokens(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: (V,), added to the logits.
     """
     rows = max(1, _LOGITS // len(weight))
-    parts = [F.linear(part, weight, bias).argmax(-1) for part in hidden.split(rows)]
+    with torch.autocast(hidden.device.type, enabled=False):  # or rounded logits would be equal
+        w, b = weight.float(), None if bias is None else bias.float()
+        parts = [F.linear(part.float(), w, b).argmax(-1) for part in hidden.split(rows)]
     return torch.cat(parts)
 
 

@@ -74,6 +74,7 @@ class LanguageModeling(Task[BlockBatch]):
         self.decoding = decoding or Sampling(temperature=0.8, top_k=200)
         self.val_scores = _Scores()
         self.test_scores = _Scores()
+        self._evaluated = "val"  # the split that samples are taken from
 
     def setup(self, stage: str) -> None:
         """Take the data's tokenizer; refuse blocks that do not fit into the context."""
@@ -128,6 +129,7 @@ class LanguageModeling(Task[BlockBatch]):
         self.log_scores("test", self.test_scores, values)
 
     def _values(self, split: str, nll: TokenMean, prefix: str) -> dict[str, Tensor]:
+        self._evaluated = split
         data, loss = self._data(), nll.compute()
         values = {
             "loss": loss,
@@ -143,11 +145,12 @@ class LanguageModeling(Task[BlockBatch]):
     # Samples and attention maps
 
     def sample_rows(self, n: int) -> list[Row]:
-        """Continuations of the beginnings of the first validation blocks."""
+        """Continuations of the beginnings of the first blocks that were evaluated."""
         data, tokenizer = self._data(), self.tokenizer
+        store = data.evaluated_store(self._evaluated)
         halves: list[list[list[int]]] = []
-        for index in range(min(n, data.n_examples)):
-            ids = data.example(index).ids[0].tolist()
+        for index in range(min(n, data.n_blocks(store))):
+            ids = data.example(index, store).ids[0].tolist()
             length = max(1, min(_SAMPLED, len(ids) // 2))
             halves.append([ids[:length], ids[length : 2 * length]])
         decoded = [tokenizer.decode_batch(pair) for pair in halves]

@@ -203,9 +203,12 @@ class Task(LightningModule, Generic[B]):
 
 def reset_metrics(scores: nn.Module) -> None:
     """Begin all metrics below a module from nothing."""
-    for metric in scores.modules():
-        if isinstance(metric, Metric):
-            metric.reset()
+    # Validation outside of fit runs in inference mode; what is made there could not be added to
+    # in fit.
+    with torch.inference_mode(False):
+        for metric in scores.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
 
 
 def freeze_parameters(network: nn.Module, patterns: Sequence[str]) -> None:

@@ -137,7 +137,7 @@ def _read_file(path: Path) -> Tensors:
     if path.suffix == ".safetensors":
         safetensors = _safetensors()
         try:
-            loaded: Any = safetensors.load_file(path)
+            loaded: Any = safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())
             raise WeightsError(f"{path} is truncated or no safetensors file: {reason}") from error
@@ -149,7 +149,7 @@ def _read_file(path: Path) -> Tensors:
                 f"{path} is refused: it is damaged, or holds Python objects besides tensors, which "
                 "could run code; nothing of it was run"
             ) from error
-        except (RuntimeError, ValueError, EOFError, KeyError) as error:
+        except (RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
             raise WeightsError(f"{path} is truncated or no file of torch") from error
     if not isinstance(loaded, dict):
         raise WeightsError(f"{path} holds no dictionary of tensors")
@@ -164,7 +164,7 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ModuleNotFoundError:
         raise WeightsError(f"the package safetensors is missing: {_INSTALL}") from None
-    return safetensors.torch
+    return safetensors
 
 
 def write_folder(
@@ -190,7 +190,9 @@ def write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        safetensors.save_file(dict(tensors), temporary / SAFETENSORS, metadata={"format": "pt"})
+        safetensors.torch.save_file(
+            dict(tensors), temporary / SAFETENSORS, metadata={"format": "pt"}
+        )
         for name, values in documents.items():
             text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, "utf-8")

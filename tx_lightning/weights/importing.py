@@ -1,6 +1,7 @@
 """`import_weights`: a folder of Hugging Face becomes a checkpoint that every verb takes."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -158,7 +159,9 @@ def build_task(settings: Arguments) -> LightningModule:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            task = parser.instantiate(parser.parse_object({"task": settings})).task
+            # A copy: the parser puts objects of its own into lists.
+            parsed = parser.parse_object({"task": deepcopy(settings)})
+            task = parser.instantiate(parsed).task
         except ArgumentError as error:
             reason = " ".join(str(error).split())
             raise WeightsError(f"a task of these settings cannot be built: {reason}") from error

@@ -20,7 +20,7 @@ _NORMAL = 1
 _TYPES = {2: "unknown", 3: "control", 4: "user-defined", 5: "unused", 6: "byte"}
 _UNIGRAM = 1
 _BEFORE, _BEHIND = " ", "  "  # around what the model does not know
-_ALL = 1 << 10  # spaces
+_AROUND = r"\A +| +\z"  # spaces around a text
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def as_tokenizer(
             decoders.Replace(" ", ""),
             decoders.Replace(SPACE, " "),
             decoders.Fuse(),
-            decoders.Strip(" ", _ALL, _ALL),
+            decoders.Replace(Regex(_AROUND), ""),
         ]
     )
     model.add_tokens([tokenizers.AddedToken(code, normalized=False) for code in codes])
@@ -167,7 +167,7 @@ def _normalizers(pieces: Pieces, known: str) -> list[normalizers.Normalizer]:
     if pieces.charsmap:
         steps.append(normalizers.Precompiled(pieces.charsmap))
     if pieces.single_spaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(_AROUND), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     if pieces.add_space:
         steps.append(normalizers.Prepend(" "))

@@ -137,14 +137,14 @@ def _filter(name: str, **arguments: Any) -> Arguments:
 
 
 def special_ids_of_bart(config: Configuration, token_id: TokenId) -> SpecialIds:
-    """Decoding starts with the end of a text; every text starts with <s>."""
+    """Decoding starts with the end of a text; every text starts with <s>, where there is one."""
     return SpecialIds(
         pad=config.integer("pad_token_id"),
         bos=config.integer("decoder_start_token_id"),
         eos=config.integer("eos_token_id"),
         unk=required(token_id, "unk_token"),
         mask=token_id("mask_token"),
-        prefix=(config.integer("bos_token_id"),),
+        prefix=() if config["bos_token_id"] is None else (config.integer("bos_token_id"),),
     )
 
 

@@ -147,7 +147,7 @@ def _tokenizer(text: str, config: Configuration, family: Family, names: Names) -
     ids = family.special_ids(config, token_id)
     special = {i: names[name].strip() for name in names if (i := token_id(name)) is not None}
     for i in _numbers(ids):
-        special.setdefault(i, str(model.id_to_token(i)).strip())
+        special.setdefault(i, (model.id_to_token(i) or f"<{i}>").strip())
     return Tokenizer.foreign(text, ids, special)
 
 
