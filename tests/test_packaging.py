@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(FILES, FILES),
     "tasks": PARTS | {"checkpoints"},
     "callbacks": PARTS | FILES | {"tasks"},
+    "weights": {"nn", "models", "data"} | FILES,  # tasks are named by their class path
 }
 NOT_IMPORTED = {"urllib3"}  # declared for its version
 NUMERIC = {

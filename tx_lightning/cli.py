@@ -395,9 +395,11 @@ class CommandLine(LightningCLI):
         assert self.folder is not None
         if not is_first_process():
             return
-        maps = sorted(self.folder.glob("attention/cross-*.png"), key=lambda p: p.stat().st_mtime)
+        maps = list(self.folder.glob("attention/*.png"))
+        maps = [path for path in maps if path.name.startswith("cross")] or maps
         if maps:
-            print(f"attention map: {shown(maps[-1])}", flush=True)
+            newest = max(maps, key=lambda path: path.stat().st_mtime)
+            print(f"attention map: {shown(newest)}", flush=True)
         runs = sorted(self.folder.glob("wandb/*run-*"))
         if runs:
             print(f"W&B run: {shown(runs[-1])}", flush=True)

@@ -12,6 +12,7 @@ from tx_lightning.callbacks import AttentionLogger, CheckpointAveraging, LRWarmu
 SETTINGS: dict[str, dict[str, Any]] = {
     "AttentionLogger": {"examples": [3, 5], "layers": "all", "heads": [0], "every_n_steps": 10},
     "CheckpointAveraging": {"n": 3, "best": "val/bleu"},
+    "ClassReport": {"console": False},
     "Goal": {"metric": "test/bleu", "at_least": 1.5},
     "LRWarmup": {"warmup_steps": 7},
     "LongestBatch": {},

@@ -242,8 +242,8 @@ def test_another_number_of_classes_lists_the_labels() -> None:
 
 
 def test_an_unseen_label_is_named_with_its_place() -> None:
-    source = InMemory(train=TRAIN, val=[*TRAIN, ("one", "smal")])
-    says = r"val\.tsv, line 5: there is no label 'smal'; the training split has 'small', 'big'"
+    source = InMemory(train=TRAIN, val=[*TRAIN, ("one", "smaller")])
+    says = r"val\.tsv, line 5: there is no label 'smaller'; the training split has 'small', 'big'"
     with pytest.raises(DataError, match=says):
         data(source).prepare_data()
 

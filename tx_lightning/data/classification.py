@@ -110,13 +110,13 @@ class ClassificationBatches(Dataset[ClassificationBatch]):
         ids, segments = joined(rows, self.special)
         found = [self.store.ids(LABEL, i).tolist() for i in indices] if share.real else [[]]
         labels = [label[0] if label else IGNORED for label in found]
-        texts = [tuple(self.store.text(side, i) for side in self.sides) for i in indices]
+        shown = indices if self.with_text else []
         return ClassificationBatch(
             ids=ids,
             segments=segments,
             labels=torch.tensor(labels, dtype=torch.int64),
             indices=indices,
-            texts=texts if self.with_text else [],
+            texts=[tuple(self.store.text(side, i) for side in self.sides) for i in shown],
             step_tokens=share.step_tokens,
             parts=share.parts,
             labelled=sum(label != IGNORED for label in labels),

@@ -125,7 +125,7 @@ def norm_eps(norms: Sequence[nn.Module]) -> float | None:
     """The epsilon that layer norms have in common; None where one is something else."""
     found = set()
     for norm in norms:
-        if not isinstance(norm, nn.LayerNorm) or norm.bias is None:
+        if not isinstance(norm, nn.LayerNorm):
             return None
         found.add(norm.eps)
     return found.pop() if len(found) == 1 else None

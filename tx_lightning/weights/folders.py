@@ -185,6 +185,7 @@ def write_folder(
         WeightsError: The folder has something in it.
     """
     safetensors = _safetensors()
+    folder = folder.absolute()
     check_free(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -119,8 +119,6 @@ def describe(network: LanguageModel) -> ExportPlan:
     if feed_forward is None:
         name = type(first.feed_forward).__name__
         raise not_representable("GPT-2", "feed_forward", name, "GELU, ReLU or Swish")
-    if not first.self_attention.bias:
-        raise not_representable("GPT-2", "bias", "false", "true")
     tied = network.output.weight is network.embedding.tokens.weight
     return ExportPlan(
         FAMILY.model_type,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -62,7 +63,7 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--n_texts",
-        type=int,
+        type=Literal[1, 2],
         default=1,
         help="How many texts a classifier takes at once: 2 for one trained on pairs.",
     )

@@ -74,7 +74,10 @@ def import_weights(
     values = read_config(folder)
     family, architecture = _family(values, folder)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    config = Configuration({**generation, **values}, family.defaults, str(folder / CONFIG))
+    searched = {
+        name: generation[name] for name in family.search if generation.get(name) is not None
+    }
+    config = Configuration({**values, **searched}, family.defaults, str(folder / CONFIG))
     plan = family.plan(config, architecture, task)
     tensors, where = read_tensors(folder)
     tensors = _renamed(tensors, family)

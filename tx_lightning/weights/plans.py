@@ -55,6 +55,7 @@ class Family:
         special_tokens: What its special tokens are called where the files do not say.
         plan: Of a configuration, an architecture and a task that was asked for.
         special_ids: Of a configuration and the ids of special tokens.
+        search: What generation_config.json, where there is one, says rather than config.json.
     """
 
     model_type: str
@@ -65,6 +66,7 @@ class Family:
     special_tokens: Mapping[str, str]
     plan: Callable[[Configuration, str, str | None], ImportPlan]
     special_ids: Callable[[Configuration, TokenId], SpecialIds]
+    search: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,11 @@ class ExportPlan:
     """How a network becomes a folder.
 
     Args:
-        family: What it becomes.
+        model_type: What config.json calls it.
         config: What config.json says of it, but for the ids of special tokens.
         table: The tensors.
         zeros: Tensors of theirs that we have none of, with their shapes.
         longest: Most tokens of a text, None for no limit.
-        around: How a text of theirs begins and ends: `$A` between roles of special tokens.
     """
 
     model_type: str

@@ -178,11 +178,18 @@ class Table:
         return given
 
     def write(self, ours: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> Tensors:
-        """Make all tensors of theirs that are not tied to others; the inverse of `read`."""
+        """Make all tensors of theirs that are not tied to others; the inverse of `read`.
+
+        A bias that we do not have is 0.
+        """
         theirs: Tensors = {}
         for rule in self.rules:
-            for name, tensor in zip(rule.theirs, rule.write(ours[rule.ours], kept), strict=True):
-                theirs[name] = tensor.contiguous()
+            tensor = ours.get(rule.ours)
+            if tensor is None:
+                weight = ours[f"{rule.ours.removesuffix('bias')}weight"]
+                tensor = weight.new_zeros(len(weight))
+            for name, part in zip(rule.theirs, rule.write(tensor, kept), strict=True):
+                theirs[name] = part.contiguous()
         return theirs
 
 

@@ -112,7 +112,7 @@ def _plan(
 
 
 def _decoding(config: Configuration) -> Arguments:
-    """How to search, as far as generation_config.json says it in terms that are also ours."""
+    """How to search, as far as the files say it in terms that are also ours."""
     filters = []
     if config["forced_bos_token_id"] is not None:
         first = [config.integer("forced_bos_token_id")]
@@ -158,6 +158,7 @@ def special_ids_of_marian(config: Configuration, token_id: TokenId) -> SpecialId
     )
 
 
+_SEARCH = ("forced_bos_token_id", "no_repeat_ngram_size", "min_length", "num_beams")
 _DEFAULTS: Arguments = {
     "max_position_embeddings": 1024,
     "encoder_layers": 12,
@@ -175,10 +176,7 @@ _DEFAULTS: Arguments = {
     "activation_dropout": 0.0,
     "scale_embedding": False,
     "tie_word_embeddings": True,
-    "forced_bos_token_id": None,
-    "no_repeat_ngram_size": None,
-    "min_length": None,
-    "num_beams": None,
+    **dict.fromkeys(_SEARCH),
 }
 _BASE = "model"
 _PARTS = frozenset({"shared", "encoder", "decoder"})
@@ -205,6 +203,7 @@ BART = Family(
     },
     plan=plan_bart,
     special_ids=special_ids_of_bart,
+    search=_SEARCH,
 )
 MARIAN = Family(
     model_type="marian",
@@ -223,6 +222,7 @@ MARIAN = Family(
     special_tokens={"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     plan=plan_marian,
     special_ids=special_ids_of_marian,
+    search=_SEARCH,
 )
 
 
