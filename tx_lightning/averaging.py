@@ -123,8 +123,13 @@ def _check_same_model(
 ) -> None:
     """Refuse checkpoints whose average would mean nothing."""
     differs = f"checkpoints {first_path} and {path} cannot be averaged: they differ in"
-    for entry, name in (("task", "the settings of the model"), ("tokenizers", "the tokenizers")):
-        if first[RECORD][entry] != other[RECORD][entry]:
+    entries = {
+        "task": "the settings of the model",
+        "tokenizers": "the tokenizers",
+        "labels": "the labels",
+    }
+    for entry, name in entries.items():
+        if first[RECORD].get(entry) != other[RECORD].get(entry):
             raise CheckpointError(f"{differs} {name}")
     ours, theirs = first["state_dict"], other["state_dict"]
     if ours.keys() != theirs.keys():

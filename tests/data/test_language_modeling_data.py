@@ -69,10 +69,15 @@ def test_the_optimum_is_that_of_the_grammar() -> None:
 
 def test_test_has_a_second_pass_with_a_sliding_window() -> None:
     module = data(Documents(test=TRAIN), sliding_stride=2)
-    side_by_side, sliding = module.test_dataloader()
+    loader = module.test_dataloader()
+    side_by_side, sliding = loader.loaders
     assert sum(b.predicted for b in side_by_side) == sum(b.predicted for b in sliding)
     assert sum(b.positions for b in sliding) > sum(b.positions for b in side_by_side)
-    assert len(data(sliding_stride=None).test_dataloader()) == 1
+    assert [batch.sliding for batch in loader] == [False] * len(side_by_side) + [True] * len(
+        sliding
+    )
+    assert len(loader) == len(side_by_side) + len(sliding)
+    assert len(data(sliding_stride=None).test_dataloader().loaders) == 1
 
 
 def test_an_example_is_a_validation_block_without_padding() -> None:

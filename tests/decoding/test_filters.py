@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tx_lightning.decoding import MinLength, NoRepeatNgram
+from tx_lightning.decoding import BeginWith, MinLength, NoRepeatNgram
 from tx_lightning.decoding.filters import ban, force, keep_min_p, keep_top_k, keep_top_p
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -24,6 +24,16 @@ def test_min_length_bans_eos_until_the_length_is_reached(dtype: torch.dtype) -> 
         log_probs = torch.zeros(1, 4, dtype=dtype)
         MinLength(2)(log_probs, torch.zeros(1, length, dtype=torch.int64), 2)
         assert kept(log_probs) == [expected]
+
+
+@DTYPES
+def test_begin_with_leaves_one_token_at_each_of_the_first_places(dtype: torch.dtype) -> None:
+    for length, expected in [(0, [3]), (1, [1]), (2, [0, 1, 3])]:
+        log_probs = probabilities([0.2, 0.3, 0.0, 0.5], dtype=dtype)
+        before = log_probs.clone()
+        BeginWith([3, 1])(log_probs, torch.zeros(1, length, dtype=torch.int64), 0)
+        assert kept(log_probs) == [expected]
+        assert torch.equal(log_probs[0, expected], before[0, expected])
 
 
 @DTYPES

@@ -234,7 +234,7 @@ def test_half_precision_is_read(folder: Path, tmp_path: Path) -> None:
 
 def test_what_exists_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "m.ckpt").write_text("mine")
-    with pytest.raises(WeightsError, match="m.ckpt exists already: choose a new"):
+    with pytest.raises(WeightsError, match="m.ckpt exists already: choose a new name"):
         import_weights(str(folder), tmp_path / "m.ckpt")
     assert (tmp_path / "m.ckpt").read_text() == "mine"
     import_weights(str(folder), tmp_path / "n.ckpt")

@@ -115,7 +115,7 @@ def test_greedy_translations_of_marian_equal(tmp_path: Path) -> None:
 
 def test_settings_of_generation_that_are_also_ours_are_taken(tmp_path: Path) -> None:
     model = hf.bart()
-    options = {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 6}
+    options = {"num_beams": 4, "no_repeat_ngram_size": 3, "min_length": 6, "max_length": 21}
     model.generation_config = GenerationConfig(**options, bos_token_id=0, pad_token_id=1)
     import_weights(save(tmp_path / "theirs", model), tmp_path / "m.ckpt")
     task = hf.load(tmp_path / "m.ckpt")
@@ -128,6 +128,18 @@ def test_settings_of_generation_that_are_also_ours_are_taken(tmp_path: Path) -> 
             ("NoRepeatNgram", {"size": 3}),
             ("MinLength", {"length": 5}),
         ]
+        assert (search.max_length_ratio, search.max_length_offset) == (0, 20)
+
+
+def test_a_bart_stops_where_its_positions_end(tmp_path: Path) -> None:
+    model = hf.bart()
+    model.final_logits_bias[0, 2] = -100  # it never ends by itself
+    import_weights(save(tmp_path / "theirs", model), tmp_path / "m.ckpt")
+    task = hf.load(tmp_path / "m.ckpt")
+    assert isinstance(task, Translation)
+    for search in (task.decoding, task.test_decoding):
+        found = task.translate(["the quick fox " * 4], search)
+        assert len(found[0][0].tokens) == 48
 
 
 def test_a_bart_without_head_has_no_bias(tmp_path: Path) -> None:

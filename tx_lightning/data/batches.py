@@ -18,7 +18,6 @@ from tx_lightning.data.sampler import Share
 from tx_lightning.data.store import PairStore
 from tx_lightning.data.tokenizers import BOS, EOS, PAD, Tokenizer, Tokenizers
 
-
 Self_ = TypeVar("Self_", bound="Batch")
 B_co = TypeVar("B_co", bound="Batch", covariant=True)
 

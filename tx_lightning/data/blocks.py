@@ -34,6 +34,7 @@ class BlockBatch(Batch):
         step_tokens: Predicted tokens of the whole optimizer step.
         parts: Batches that make up the optimizer step, over all ranks.
         predicted: Predicted tokens of this batch.
+        sliding: Whether these are blocks of a window that slides.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class BlockBatch(Batch):
     step_tokens: int
     parts: int
     predicted: int
+    sliding: bool = False
 
     @property
     def loss_tokens(self) -> int:
@@ -67,11 +69,13 @@ class Windows:
         starts: Where each block starts.
         firsts: The first token that counts in each; those from there to `ends` do.
         ends: The end of each block.
+        overlap: Whether they do.
     """
 
     starts: Indices
     firsts: Indices
     ends: Indices
+    overlap: bool = False
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -92,7 +96,7 @@ class Windows:
         ends = np.arange(min(length, n_tokens), n_tokens + stride, stride, dtype=np.int64)
         ends = np.unique(np.minimum(ends, n_tokens))
         firsts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]])
-        return cls(np.maximum(ends - length, 0), firsts, ends)
+        return cls(np.maximum(ends - length, 0), firsts, ends, overlap=True)
 
 
 class BlockBatches(Dataset[BlockBatch]):
@@ -138,6 +142,7 @@ class BlockBatches(Dataset[BlockBatch]):
             predicted,
             1,
             predicted,
+            windows.overlap,
         )
 
     def _training(self, share: Share) -> BlockBatch:

@@ -8,7 +8,7 @@ import numpy as np
 
 from tx_lightning.data.blocks import BlockBatch, BlockBatches, BlockSampler, Windows, WindowSampler
 from tx_lightning.data.errors import DataError
-from tx_lightning.data.loader import BatchLoader
+from tx_lightning.data.loader import BatchLoader, LoadersInTurn
 from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import Share, StepSampler
 from tx_lightning.data.store import Counts, Encoded, Store, write_records
@@ -137,7 +137,7 @@ class LanguageModelingData(TextData[Store, BlockBatch]):
     def evaluation_sampler(self, store: Store) -> WindowSampler:
         return self._window_sampler(self._side_by_side(store))
 
-    def test_dataloader(self) -> list[BatchLoader[BlockBatch]]:
+    def test_dataloader(self) -> LoadersInTurn[BlockBatch]:
         """The test split in blocks side by side, then under a sliding window."""
         loaders = [self.evaluation_loader(self.test_store)]
         if self.sliding_stride is not None:
@@ -151,7 +151,7 @@ class LanguageModelingData(TextData[Store, BlockBatch]):
                     pin_memory=self._on_gpu(),
                 )
             )
-        return loaders
+        return LoadersInTurn(loaders)
 
     def largest_step(self, sampler: StepSampler) -> int:
         return 0 if len(sampler.plan()[0]) >= len(sampler.plan()[-1]) else len(sampler.plan()) - 1

@@ -1,6 +1,6 @@
 """A loader of batches that Lightning can stop anywhere and resume exactly there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -55,6 +55,24 @@ class BatchLoader(Generic[B]):
         They end with the pass, so that none is left when a run is stopped.
         """
         yield from self._loader
+
+
+class LoadersInTurn(Generic[B]):
+    """Loaders one after the other, as one.
+
+    Args:
+        loaders: At least one.
+    """
+
+    def __init__(self, loaders: Sequence[BatchLoader[B]]) -> None:
+        self.loaders = list(loaders)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+    def __iter__(self) -> Iterator[B]:
+        for loader in self.loaders:
+            yield from loader
 
 
 class ResumableLoader(BatchLoader[B]):

@@ -170,10 +170,10 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         """The texts of the training split that each tokenizer is learned from."""
         return [(text for record in self._learned_records() for text in record)]
 
-    def prepare_more(self) -> None:  # noqa: B027 -- only some tasks have more
+    def prepare_more(self) -> None:
         """Make what else a task needs in the cache, after the tokenizers and before the stores."""
 
-    def check(self, stores: dict[str, S]) -> None:  # noqa: B027 -- only some tasks have more
+    def check(self, stores: dict[str, S]) -> None:
         """Refuse what cannot be trained on or evaluated."""
 
     def predict_record(self, line: str) -> Record:

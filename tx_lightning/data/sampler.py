@@ -168,7 +168,7 @@ class StepSampler(Sampler[Share], ABC):
 
     @abstractmethod
     def plan_epoch(self, epoch: int) -> Plan:
-        """The global batches of an epoch, equally many in each: a pure function of seed and epoch."""
+        """The global batches of an epoch, equally many in each; a function of seed and epoch."""
 
     @abstractmethod
     def step_tokens(self, batch: Indices, epoch: int) -> int:

@@ -139,14 +139,11 @@ class Tokenizer:
 
     def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of each word of each sentence; a word of nothing is one unknown token."""
-        encoded: list[list[list[int]]] = []
         flat = self._model.encode_batch_fast(
             [word for words in sentences for word in words], add_special_tokens=False
         )
         ids = iter([encoding.ids or [self.unk_id] for encoding in flat])
-        for words in sentences:
-            encoded.append([next(ids) for _ in words])
-        return encoded
+        return [[next(ids) for _ in words] for words in sentences]
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Text of each row of ids; special ids are left out."""

@@ -52,7 +52,6 @@ class PromptError(ValueError):
         self.reason = reason
 
 
-@torch.inference_mode()
 def continue_texts(
     network: LanguageModel,
     tokenizer: Tokenizer,
@@ -70,12 +69,63 @@ def continue_texts(
 ) -> list[list[Continuation]]:
     """Continue texts: for each, in order, its continuations, the best first.
 
+    Args:
+        network: In evaluation mode while this runs.
+        tokenizer: The one that the network was trained with.
+        prompts: Texts to go on from.
+        decoding: How to search.
+        max_new_tokens: As in `continue_ids`, and so are those not named here.
+        past_context: What happens to a text longer than the network's context.
+        stride: How many of the oldest tokens are forgotten at once.
+        new_document: Put the end of a text before the prompt, so that a text begins there; the
+            prompt may then be empty.
+        stop_at_end: End where the network ends the text.
+        first_index: The place of the first prompt in a longer input.
+        batch_tokens: Tokens that are held at once.
+        observe: Told the text of the only prompt's only continuation while it comes.
+
+    Raises:
+        PromptError: When a prompt is empty, or does not fit and the past is not to be forgotten.
+    """
+    start = [tokenizer.eos_id] if new_document else []
+    return continue_ids(
+        network,
+        tokenizer,
+        [start + ids for ids in tokenizer.encode_batch(prompts)],
+        decoding,
+        max_new_tokens=max_new_tokens,
+        past_context=past_context,
+        stride=stride,
+        stop_at_end=stop_at_end,
+        first_index=first_index,
+        batch_tokens=batch_tokens,
+        observe=observe,
+    )
+
+
+@torch.inference_mode()
+def continue_ids(
+    network: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    *,
+    max_new_tokens: int,
+    past_context: PastContext = "refuse",
+    stride: int = 1,
+    stop_at_end: bool = True,
+    first_index: int = 0,
+    batch_tokens: int = 16384,
+    observe: Callable[[str], None] | None = None,
+) -> list[list[Continuation]]:
+    """Continue rows of ids: for each, in order, its continuations, the best first.
+
     What a prompt becomes does not depend on the others. Ids that mean no text are not generated.
 
     Args:
         network: In evaluation mode while this runs.
         tokenizer: The one that the network was trained with.
-        prompts: Texts to go on from.
+        prompts: Ids to go on from.
         decoding: How to search.
         max_new_tokens: Most tokens that are added to each, the end of the text included.
         past_context: What happens to a text longer than the network's context: `refuse` raises
@@ -84,8 +134,6 @@ def continue_texts(
         stride: How many of the oldest tokens are forgotten at once. With 1 the network sees as much
             as it can, at the price of reading the whole context for each token; half of the context
             is cheap.
-        new_document: Put the end of a text before the prompt, so that a text begins there; the
-            prompt may then be empty.
         stop_at_end: End where the network ends the text. Otherwise it may not end: all
             max_new_tokens come.
         first_index: The place of the first prompt in a longer input: what is sampled for a prompt
@@ -107,11 +155,9 @@ def continue_texts(
         )
     if observe is not None and not (len(prompts) == 1 and is_one_row(decoding)):
         raise ValueError("observe needs one prompt and a search of one row, Greedy or Sampling")
-    start = [tokenizer.eos_id] if new_document else []
-    prefixes = [start + ids for ids in tokenizer.encode_batch(prompts)]
-    for i, prefix in enumerate(prefixes):
-        _check(i, len(prefix), max_new_tokens, context, past_context)
-    prefixes = [prefix[-context:] for prefix in prefixes]
+    for i, prompt in enumerate(prompts):
+        _check(i, len(prompt), max_new_tokens, context, past_context)
+    prefixes = [prompt[-context:] for prompt in prompts]
     special = (tokenizer.bos_id, tokenizer.unk_id, tokenizer.mask_id)
     never = [i for i in special if i is not None and i != tokenizer.eos_id]
     if not stop_at_end:

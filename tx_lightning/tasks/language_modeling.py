@@ -15,7 +15,7 @@ from tx_lightning.decoding import Decoding, Sampling
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import TokenMean
 from tx_lightning.models import LanguageModel
-from tx_lightning.tasks.continuation import continue_texts
+from tx_lightning.tasks.continuation import continue_ids
 from tx_lightning.tasks.task import Labels, Row, Task, fused_adamw
 
 NetworkFactory = Callable[[int], LanguageModel]
@@ -111,9 +111,9 @@ class LanguageModeling(Task[BlockBatch]):
         """Add a batch to the validation scores."""
         self.val_scores.blocks.update(self(batch).nll, batch.predicted)
 
-    def test_step(self, batch: BlockBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the test scores: of blocks side by side, then of the sliding window."""
-        scores = (self.test_scores.blocks, self.test_scores.sliding)[dataloader_idx]
+    def test_step(self, batch: BlockBatch, batch_idx: int) -> None:
+        """Add a batch to the test scores: of blocks side by side, or of the sliding window."""
+        scores = self.test_scores.sliding if batch.sliding else self.test_scores.blocks
         scores.update(self(batch).nll, batch.predicted)
 
     def on_validation_epoch_end(self) -> None:
@@ -148,25 +148,24 @@ class LanguageModeling(Task[BlockBatch]):
         """Continuations of the beginnings of the first blocks that were evaluated."""
         data, tokenizer = self._data(), self.tokenizer
         store = data.evaluated_store(self._evaluated)
-        halves: list[list[list[int]]] = []
+        prompts, truths = [], []
         for index in range(min(n, data.n_blocks(store))):
             ids = data.example(index, store).ids[0].tolist()
             length = max(1, min(_SAMPLED, len(ids) // 2))
-            halves.append([ids[:length], ids[length : 2 * length]])
-        decoded = [tokenizer.decode_batch(pair) for pair in halves]
-        texts = [(prompt, truth) for prompt, truth in decoded if prompt]
-        found = continue_texts(
+            prompts.append(ids[:length])
+            truths.append(ids[length : 2 * length])
+        found = continue_ids(
             self.network,
             tokenizer,
-            [prompt for prompt, _ in texts],
+            prompts,
             self.decoding,
-            max_new_tokens=max(len(prompt) for prompt, _ in halves),
+            max_new_tokens=max(map(len, prompts)),
             past_context="slide",
-            stop_at_end=False,
         )
+        decoded = zip(tokenizer.decode_batch(prompts), tokenizer.decode_batch(truths), strict=True)
         return [
-            {"prompt": prompt, "continuation": continued[0].text, "reference": truth}
-            for (prompt, truth), continued in zip(texts, found, strict=True)
+            {"prompt": prompt, "continuation": best.text, "reference": truth}
+            for (prompt, truth), (best, *_) in zip(decoded, found, strict=True)
         ]
 
     def attention_inputs(

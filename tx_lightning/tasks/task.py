@@ -227,8 +227,8 @@ def freeze_parameters(network: nn.Module, patterns: Sequence[str]) -> None:
         if not matching:
             shown = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
             raise ValueError(
-                f"freeze: no parameter is named {pattern!r}; names begin with {shown}, and * stands "
-                "for anything"
+                f"freeze: no parameter is named {pattern!r}; names begin with {shown}, and * "
+                "stands for anything"
             )
         for name in matching:
             network.get_parameter(name).requires_grad_(False)

@@ -18,7 +18,6 @@ from tx_lightning.weights.errors import WeightsError
 from tx_lightning.weights.folders import (
     CONFIG,
     GENERATION,
-    check_free,
     local_folder,
     read_config,
     read_json,
@@ -69,7 +68,8 @@ def import_weights(
         CheckpointError: The checkpoint cannot be written.
     """
     output = Path(output)
-    check_free(output)
+    if output.exists():
+        raise WeightsError(f"{output} exists already: choose a new name")
     folder = local_folder(folder_or_name)
     values = read_config(folder)
     family, architecture = _family(values, folder)

@@ -101,7 +101,7 @@ def _plan(
     arguments = {
         "vocab_size": config.integer("vocab_size"),
         "network": {"class_path": "tx_lightning.models.EncoderDecoder", "init_args": network},
-        **_decoding(config),
+        **_decoding(config, config.integer("max_position_embeddings") if learned else None),
     }
     return ImportPlan(
         task="Translation",
@@ -111,8 +111,13 @@ def _plan(
     )
 
 
-def _decoding(config: Configuration) -> Arguments:
-    """How to search, as far as the files say it in terms that are also ours."""
+def _decoding(config: Configuration, longest: int | None) -> Arguments:
+    """How to search, as far as the files say it in terms that are also ours.
+
+    Args:
+        config: Their terms.
+        longest: Positions of the decoder, None for no limit.
+    """
     filters = []
     if config["forced_bos_token_id"] is not None:
         first = [config.integer("forced_bos_token_id")]
@@ -124,6 +129,12 @@ def _decoding(config: Configuration) -> Arguments:
     beams = config["num_beams"]
     searches = {"decoding": "Greedy", "test_decoding": "Beam"}
     options: dict[str, Arguments] = {name: {"filters": filters} for name in searches}
+    if config["max_length"] is not None or longest is not None:
+        limits = [longest] if longest is not None else []
+        if config["max_length"] is not None:  # theirs, likewise
+            limits.append(config.integer("max_length") - 1)
+        for option in options.values():
+            option.update(max_length_ratio=0.0, max_length_offset=min(limits))
     if beams is not None and beams > 1:
         options["test_decoding"]["beam_size"] = config.integer("num_beams")
     return {
@@ -158,7 +169,13 @@ def special_ids_of_marian(config: Configuration, token_id: TokenId) -> SpecialId
     )
 
 
-_SEARCH = ("forced_bos_token_id", "no_repeat_ngram_size", "min_length", "num_beams")
+_SEARCH = (
+    "forced_bos_token_id",
+    "no_repeat_ngram_size",
+    "min_length",
+    "max_length",
+    "num_beams",
+)
 _DEFAULTS: Arguments = {
     "max_position_embeddings": 1024,
     "encoder_layers": 12,
