@@ -117,7 +117,7 @@ def test_an_epoch_takes_each_token_at_most_once(n_tokens: int, length: int, epoc
     assert len(starts) >= 1
     assert starts[0] >= 0
     assert starts[-1] + length <= n_tokens
-    assert all(after - before == length for before, after in zip(starts, starts[1:], strict=False))
+    assert (np.diff(starts) == length).all()
     assert n_tokens - length * len(starts) < 2 * length
 
 

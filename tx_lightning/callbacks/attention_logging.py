@@ -35,8 +35,8 @@ class AttentionLogger(Callback):
     attention kernel, in evaluation mode. For each example and kind (of a translation model
     `encoder_self`, `decoder_self` and `cross`, of a language model `self`, of a classifier
     `encoder_self`) a picture of layers by heads, queries down and keys across, goes to `attention/`
-    in the run folder, and to Weights & Biases and TensorBoard where they are loggers. The mean entropy of
-    the rows of each chosen head, in nats, is logged as
+    in the run folder, and to Weights & Biases and TensorBoard where they are loggers. The mean
+    entropy of the rows of each chosen head, in nats, is logged as
     `attention/<kind>/layer<i>/head<j>/entropy`: 0 attends to one token, log S to all alike.
 
     Args:

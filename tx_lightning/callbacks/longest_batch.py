@@ -59,7 +59,8 @@ class LongestBatch(Callback):
             raise BatchTooLarge(
                 f"data.batch_tokens={data.batch_tokens} is too much for the memory of "
                 f"{trainer.strategy.root_device}: the largest training batch ({batch.describe()}) "
-                "does not fit; lower it, or raise trainer.accumulate_grad_batches, which splits each batch"
+                "does not fit; lower it, or raise trainer.accumulate_grad_batches, which splits "
+                "each batch"
             ) from error
 
 

@@ -14,7 +14,7 @@ from tx_lightning.tasks.task import Row, Task
 
 
 class SampleLogger(Callback):
-    """Log a few examples after each validation, and after a test, with what the model makes of them.
+    """Log a few examples after each validation, and after a test, with what comes of them.
 
     A translation task shows its first sentences, a language model continues the beginnings of its
     first blocks, a classifier shows misclassified examples first. They go to the console, as table

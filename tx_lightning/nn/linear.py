@@ -41,7 +41,7 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """Return a^T b for a (M, N) and b (M, K): (N, K). oneDNN copies what it transposes: the less."""
+    """Return a^T b, (N, K), for a (M, N), b (M, K). oneDNN copies what it transposes: the less."""
     if a.shape[1] <= b.shape[1]:
         return matmul_transposed(a.t(), b.t())
     return matmul_transposed(b.t(), a.t()).t()
