@@ -5,6 +5,7 @@ by `checkpoint_record`, from which `load_task` rebuilds the task with its tokeni
 tensors and plain containers only and loads with `weights_only=True`.
 """
 
+import copy
 import errno
 import os
 import platform
@@ -151,7 +152,8 @@ def _instantiate(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningModule, "task", fail_untyped=False)
     try:
-        task = parser.instantiate(parser.parse_object({"task": settings})).task
+        # A copy: parsing leaves objects of its own in the lists of what it is given.
+        task = parser.instantiate(parser.parse_object({"task": copy.deepcopy(settings)})).task
     except ArgumentError as error:
         raise CheckpointError(
             f"checkpoint {path} was written by tx_lightning {versions['tx_lightning']}, and its "

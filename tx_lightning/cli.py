@@ -337,6 +337,13 @@ class CommandLine(LightningCLI):
         path = self._section().pretrained
         if path is not None:
             self._start_from(Path(path))
+        elif self.checkpoint is not None and isinstance(self.datamodule, TextData):
+            # Weights from elsewhere bring a tokenizer that no data could learn.
+            checkpoint = read_checkpoint(self.checkpoint, lazily=True)
+            if checkpoint[RECORD]["tokenizers"]:
+                tokenizers = tokenizers_of(self.checkpoint, checkpoint)
+                if not tokenizers.source.trained_here:
+                    self.datamodule.given_tokenizers = tokenizers
 
     def _start_from(self, path: Path) -> None:
         """Use the tokenizers of a pretrained checkpoint, and its weights unless training goes on.

@@ -49,7 +49,8 @@ def make_task(**changed: Any) -> LanguageModeling:
 
 
 def make_data(source: TextSource | None = None, **changed: Any) -> LanguageModelingData:
-    arguments = {"tokenizer": Words(), "block_length": BLOCK, "batch_tokens": 40, "seed": 5}
+    arguments: dict[str, Any] = {"tokenizer": Words(), "block_length": BLOCK, "batch_tokens": 40}
+    arguments["seed"] = 5
     size = 16 if source is None else 400
     return LanguageModelingData(source or Counting(), size, **(arguments | changed))
 

@@ -17,6 +17,7 @@ from tx_lightning.data.tokenizers import PAD, Words
 from tx_lightning.data.translation import TranslationData
 from tx_lightning.decoding import Beam, Greedy, Sampling
 from tx_lightning.models import EncoderDecoder
+from tx_lightning.nn import LearnedPositions
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.tasks import Translation
 from tx_lightning.tasks.translation import TextTooLong
@@ -53,9 +54,9 @@ def tiny_network(vocab_size: int) -> EncoderDecoder:
     )
 
 
-def make_task(**changes: object) -> Translation:
+def make_task(network: object = tiny_network, **changes: object) -> Translation:
     torch.manual_seed(3)
-    return Translation(32, tiny_network, **changes)  # type: ignore[arg-type]
+    return Translation(32, network, **changes)  # type: ignore[arg-type]
 
 
 def make_data(batch_tokens: int = 200) -> TranslationData:
@@ -344,3 +345,24 @@ def test_a_text_of_a_million_characters_is_refused_before_anything_is_decoded() 
     task.attach(data.tokenizers)
     with pytest.raises(TextTooLong, match=r"text 1 has 500,000 tokens"):
         task.translate(["eins", " ".join(["eins"] * 500_000)])
+
+
+def test_a_translation_ends_where_the_positions_do() -> None:
+    def network(vocab_size: int) -> EncoderDecoder:
+        return EncoderDecoder(
+            vocab_size,
+            d_model=16,
+            n_heads=2,
+            n_encoder_layers=1,
+            n_decoder_layers=1,
+            d_ff=32,
+            positions=lambda d, h, b: LearnedPositions(d, h, b, max_length=6),
+        )
+
+    data, task = make_data(), make_task(network=network)
+    data.prepare_data()
+    data.setup("fit")
+    task.attach(data.tokenizers)
+    for decoding in (Greedy(max_length_offset=50), Beam(beam_size=2, max_length_offset=50)):
+        (best,) = task.translate(["eins zwei"], decoding)[0]
+        assert len(best.tokens) <= 6

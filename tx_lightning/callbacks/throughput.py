@@ -16,8 +16,8 @@ class Throughput(Callback):
     `train/tokens_per_second` (target tokens of a translation, else those that are read),
     `train/source_tokens_per_second` where there is a source, `train/padding_share` (of all
     positions, how many hold no token) and `train/step_time` (seconds per optimizer step). Waiting
-    for data counts; validation does not,
-    nor does what follows it up to the next step. Between logging steps it only adds integers.
+    for data counts; validation does not, nor does what follows it up to the next step. Between
+    logging steps it only adds integers.
     """
 
     def __init__(self) -> None:

@@ -61,6 +61,7 @@ class Tokenizer:
     Attributes:
         vocab_size: Number of entries, special ones included.
         sha256: Of the JSON; equal for equal tokenizers.
+        trained_here: Whether a class of this module learned it.
         pad_id, bos_id, eos_id, unk_id, mask_id: See `SpecialIds`.
 
     Raises:
@@ -88,6 +89,7 @@ class Tokenizer:
             self._model.encode_special_tokens = True
             self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
             self._names = {int(i): name for i, name in foreign["names"].items()}
+        self.trained_here = foreign is None
         self.pad_id, self.bos_id, self.eos_id = special.pad, special.bos, special.eos
         self.unk_id, self.mask_id = special.unk, special.mask
         self._prefix = list(special.prefix)

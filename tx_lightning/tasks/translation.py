@@ -285,10 +285,12 @@ class Translation(Task[TranslationBatch]):
         tokenizer = self.require_tokenizers().target
         lengths = (source != self.network.pad_id).sum(1)
         state = self.network.start(source)
+        most = self.network.decoder.positions.max_length
         found = decoding(
             self.network.step,
             state,
             lengths,
+            max_lengths=None if most is None else torch.full_like(lengths, most),
             indices=indices,
             vocabulary_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
