@@ -331,7 +331,7 @@ def test_a_table_of_pairs_from_disk(tmp_path: Path) -> None:
 def test_the_embedded_polarity_is_more_than_its_words() -> None:
     """Logistic regression on the counts of words stays far below what a network can reach: 100 %.
 
-    Measured on 2,000 test sentences after 6,000 for training: 62.5 %.
+    Measured here, 5,000 training sentences and 1,000 on test: 61.7 % (2026-11-25).
     """
     source = GrammarPolarity("en", n_train=5000, n_val=10, n_test=1000)
     splits = {
