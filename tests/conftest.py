@@ -14,6 +14,10 @@ os.environ["WANDB_SILENT"] = "true"
 import pytest
 import torch
 
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Named data sets of the user must not decide what a test sees: only `real_data` brings them back.
+_REAL_DATA = Path(os.environ.pop("TX_LIGHTNING_DATA", "") or _BESIDE).expanduser().resolve()
+
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -33,10 +37,8 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data: $TX_LIGHTNING_DATA, or ../shared/data beside the project."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    folder = Path(os.environ.get("TX_LIGHTNING_DATA", default))
-    if not (folder / "multi30k").is_dir():
+    if not (_REAL_DATA / "multi30k").is_dir():
         pytest.skip(
-            f"no real data: set TX_LIGHTNING_DATA to a folder with multi30k ({folder} has none)"
+            f"no real data: set TX_LIGHTNING_DATA to a folder with multi30k ({_REAL_DATA} has none)"
         )
-    return folder
+    return _REAL_DATA

@@ -76,7 +76,6 @@ def server() -> Iterator[Server]:
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, no data folder, no proxy."""
     monkeypatch.setenv("TX_LIGHTNING_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("TX_LIGHTNING_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path / "cache"
 

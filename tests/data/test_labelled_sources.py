@@ -299,7 +299,6 @@ def test_labels_are_those_of_the_training_split() -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("TX_LIGHTNING_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
         yield server

@@ -1,6 +1,5 @@
 """Multi30k by name: the published files where they are at hand, and what is said where not."""
 
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -23,19 +22,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published files, in $TX_LIGHTNING_DATA or beside the repository; no network."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("TX_LIGHTNING_DATA") or beside).expanduser()
-    if not (folder / "multi30k").is_dir():
-        pytest.skip(f"no Multi30k in {folder}; set TX_LIGHTNING_DATA to the folder that has it")
-    monkeypatch.setenv("TX_LIGHTNING_DATA", str(folder))
+def corpus(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published files; no network."""
+    monkeypatch.setenv("TX_LIGHTNING_DATA", str(real_data))
 
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> str:
-    """An address where nobody listens, and no local copy."""
-    monkeypatch.delenv("TX_LIGHTNING_DATA", raising=False)
+    """An address where nobody listens."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

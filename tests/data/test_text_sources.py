@@ -339,7 +339,6 @@ def test_fingerprint_follows_the_content_and_how_it_is_read() -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.delenv("TX_LIGHTNING_DATA", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with serving() as server:
         yield server
