@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from tests import wandb_file
 from tests.stand_ins import TinyTask
 from tx_lightning import __version__, cli
 from tx_lightning.__main__ import VERBS, main
+from tx_lightning.callbacks.progress_bar import ProgressBar
 from tx_lightning.checkpoints import load_task, read_checkpoint
 from tx_lightning.errors import TRACEBACK
 from tx_lightning.loggers import read_metrics
+from tx_lightning.nn import linear
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = {
@@ -117,6 +120,27 @@ def test_linked_values_follow_and_cannot_be_set_apart(
     ):
         assert main(["fit", "--config", base, *words]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_the_precision_of_products_is_that_of_the_run(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_BFLOAT16", True)
+    cli.CommandLine(["--config", base, "--matmul_precision", "medium"], run=False)
+    assert linear._rounded
+    cli.CommandLine(["--config", base], run=False)
+    assert not linear._rounded
+
+
+def test_the_bar_is_ours_unless_one_is_given(base: str) -> None:
+    words = ["--config", base, "--trainer.enable_progress_bar", "true"]
+    line = cli.CommandLine(words, run=False)
+    assert type(line.trainer.progress_bar_callback) is ProgressBar
+    words += ["--trainer.callbacks+=TQDMProgressBar", "--trainer.callbacks.refresh_rate=7"]
+    bar = cli.CommandLine(words, run=False).trainer.progress_bar_callback
+    assert type(bar) is TQDMProgressBar
+    assert bar.refresh_rate == 7
+    assert cli.CommandLine(["--config", base], run=False).trainer.progress_bar_callback is None
 
 
 def test_a_run_goes_on_where_it_ended(base: str) -> None:

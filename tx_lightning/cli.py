@@ -24,12 +24,14 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as Bar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import tx_lightning
 from tx_lightning import __version__
 from tx_lightning.callbacks.graceful_stop import GracefulStop, Interrupted
 from tx_lightning.callbacks.predictions import PredictionWriter
+from tx_lightning.callbacks.progress_bar import ProgressBar
 from tx_lightning.callbacks.run_record import RunRecord
 from tx_lightning.checkpoints import (
     RECORD,
@@ -43,6 +45,7 @@ from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError, one_line
 from tx_lightning.loggers import MetricsFile, WandB
+from tx_lightning.nn.linear import MatmulPrecision, set_matmul_precision
 from tx_lightning.pretrained import Pretrained, initialize, tokenizers_of
 from tx_lightning.runs import CHECKPOINTS, CONFIG, is_first_process, run_folder, shown
 from tx_lightning.tasks.task import Task
@@ -116,6 +119,13 @@ class CommandLine(LightningCLI):
             "error that lists the keys.",
         )
         # For every verb, so that the file of an experiment serves them all.
+        parser.add_argument(
+            "--matmul_precision",
+            type=MatmulPrecision,
+            default="highest",
+            help="How float32 matrices are multiplied: highest is exact; high uses TF32 on CUDA; "
+            "medium uses bfloat16 factors on CUDA and on CPUs that have such an instruction.",
+        )
         parser.add_argument(
             "--pretrained",
             type=str | None,
@@ -272,12 +282,18 @@ class CommandLine(LightningCLI):
             trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {' '.join(str(error).split())}") from error
+        set_matmul_precision(self._section().matmul_precision, trainer.strategy.root_device.type)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / CHECKPOINTS)
         with contextlib.suppress(NotImplementedError):  # strategies that write files of their own
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        own = self._get(self.config_init, "trainer").callbacks or []
+        trainer.callbacks = [
+            ProgressBar() if isinstance(callback, Bar) and callback not in own else callback
+            for callback in trainer.callbacks
+        ]
         if trainer.loggers and not trainer.fast_dev_run:
             trainer.loggers = [*trainer.loggers, MetricsFile(self.folder)]
         for logger in trainer.loggers:

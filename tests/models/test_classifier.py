@@ -156,14 +156,15 @@ def test_the_default_encoder_is_bert_base() -> None:
     assert count(tags) == 109_482_240 - (768 * 768 + 768) + 9 * 769
 
 
+@pytest.mark.parametrize("init_std", [0.02, 0.05])
 @pytest.mark.parametrize("build", [Classifier, Tagger])
-def test_initialization(build: type[Classifier] | type[Tagger]) -> None:
-    model = build(50, 200, encoder=partial(encoder, d_model=64))
+def test_initialization(build: type[Classifier] | type[Tagger], init_std: float) -> None:
+    model = build(50, 200, encoder=partial(encoder, d_model=64, init_std=init_std))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert parameter.count_nonzero() == 0, name
         elif not name.startswith("encoder"):
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert parameter.std().item() == pytest.approx(init_std, rel=0.05), name
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

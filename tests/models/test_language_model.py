@@ -462,7 +462,8 @@ def test_options_change_the_parameters_as_they_should() -> None:
 
 @pytest.mark.parametrize("feed_forward", FEED_FORWARDS)
 @pytest.mark.parametrize("tie", [True, False])
-def test_initialization(tie: bool, feed_forward: FeedForwardFactory) -> None:
+@pytest.mark.parametrize("init_std", [0.02, 0.05])
+def test_initialization(init_std: float, tie: bool, feed_forward: FeedForwardFactory) -> None:
     """Radford et al. 2019, section 2.3: what is added to the residual stream is scaled down."""
     model = LanguageModel(
         500,
@@ -472,6 +473,7 @@ def test_initialization(tie: bool, feed_forward: FeedForwardFactory) -> None:
         context_length=100,
         feed_forward=feed_forward,
         tie_output=tie,
+        init_std=init_std,
     )
     matrices = 0
     for name, parameter in model.named_parameters():
@@ -482,7 +484,9 @@ def test_initialization(tie: bool, feed_forward: FeedForwardFactory) -> None:
         else:
             matrices += 1
             last = name.endswith(("self_attention.output.weight", "feed_forward.outer.weight"))
-            std = 0.02 / math.sqrt(2 * 8) if last else 0.02
+            std = 0.02 if "positions" in name else init_std
+            if last:
+                std /= math.sqrt(2 * 8)
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(parameter.mean().item()) < 0.1 * std, name
     in_a_layer = 5 if feed_forward is SwiGLUFeedForward else 4

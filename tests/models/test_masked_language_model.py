@@ -116,12 +116,12 @@ def test_the_projection_is_the_embedding_table_also_after_loading() -> None:
     assert_close(other(IDS), model(IDS))
 
 
-def test_initialization() -> None:
-    model = MaskedLanguageModel(
-        500, encoder=partial(TextEncoder, d_model=64, n_heads=4, n_layers=1, pad_id=3)
-    )
-    assert model.transform.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.output_weight.std().item() == pytest.approx(0.02, rel=0.05)
+@pytest.mark.parametrize("init_std", [0.02, 0.05])
+def test_initialization(init_std: float) -> None:
+    encoder = partial(TextEncoder, d_model=64, n_heads=4, n_layers=1, pad_id=3, init_std=init_std)
+    model = MaskedLanguageModel(500, encoder=encoder)
+    assert model.transform.weight.std().item() == pytest.approx(init_std, rel=0.05)
+    assert model.output_weight.std().item() == pytest.approx(init_std, rel=0.05)
     assert model.output_weight[3].count_nonzero() == 0
     assert model.transform.bias.count_nonzero() == model.output_bias.count_nonzero() == 0
 

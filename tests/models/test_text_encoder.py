@@ -253,11 +253,19 @@ def test_options_change_the_parameters_as_they_should() -> None:
     assert count(network(d_ff=None)) == plain + 2 * (4 * D - FF) * (2 * D + 1)
 
 
+@pytest.mark.parametrize("init_std", [0.02, 0.05])
 @pytest.mark.parametrize("feed_forward", FEED_FORWARDS)
-def test_initialization(feed_forward: FeedForwardFactory) -> None:
-    """Devlin et al.'s code: normal with standard deviation 0.02, and nothing under the padding."""
+def test_initialization(feed_forward: FeedForwardFactory, init_std: float) -> None:
+    """Devlin et al.'s code: normal with one standard deviation, and nothing under the padding."""
     model = TextEncoder(
-        500, d_model=64, n_heads=4, n_layers=2, n_segments=40, pad_id=3, feed_forward=feed_forward
+        500,
+        d_model=64,
+        n_heads=4,
+        n_layers=2,
+        n_segments=40,
+        pad_id=3,
+        feed_forward=feed_forward,
+        init_std=init_std,
     )
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -265,7 +273,8 @@ def test_initialization(feed_forward: FeedForwardFactory) -> None:
         elif name.endswith("bias"):
             assert parameter.count_nonzero() == 0, name
         else:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
+            std = 0.02 if "positions" in name else init_std
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
     assert model.embedding.tokens.weight[3].count_nonzero() == 0
     assert model.embedding.tokens.weight[0].count_nonzero() == 64
 

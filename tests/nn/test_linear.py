@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tx_lightning.nn import linear as module
-from tx_lightning.nn.linear import Linear, linear, matmul_transposed
+from tx_lightning.nn.linear import (
+    Linear,
+    MatmulPrecision,
+    linear,
+    matmul_transposed,
+    set_matmul_precision,
+)
 
 SHAPES = [(6,), (5, 6), (1, 6), (2, 3, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)]
 
@@ -121,3 +127,66 @@ def test_xavier_uniform_with_zero_bias() -> None:
 def test_layer_applies_linear() -> None:
     layer, x = Linear(6, 7), torch.randn(2, 3, 6)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.fixture
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of bfloat16 factors, also where the CPU has no instruction for them."""
+    monkeypatch.setattr(module, "_BFLOAT16", True)
+    monkeypatch.setattr(module, "_rounded", False)
+    set_matmul_precision("medium", "cpu")
+
+
+def rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    return (a.bfloat16().double() @ b.bfloat16().double()).float()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_medium_precision_rounds_the_factors_of_each_product(bias: bool, rounded: None) -> None:
+    x, weight = torch.randn(50, 60), torch.randn(70, 60)
+    b = torch.randn(70) if bias else None
+    y, *grads = run(linear, x, weight, b)
+    factors = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    expected = [
+        rounded_product(x, weight.t()),
+        rounded_product(factors, weight),
+        rounded_product(factors.t(), x),
+    ]
+    if b is not None:
+        expected[0] += b
+        expected.append(factors.sum(0))
+    for ours, theirs in zip([y, *grads], expected, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=0.01)
+    assert not torch.allclose(y, F.linear(x, weight, b), rtol=1e-4)
+    product = matmul_transposed(x, weight)
+    torch.testing.assert_close(product, rounded_product(x, weight.t()), rtol=2**-8, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device"), [("highest", "cpu"), ("high", "cpu"), ("highest", "cuda")]
+)
+def test_other_precisions_are_exact_on_cpus(
+    precision: MatmulPrecision, device: str, rounded: None
+) -> None:
+    set_matmul_precision(precision, device)
+    x, weight = torch.randn(50, 60), torch.randn(70, 60)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+
+
+def test_medium_precision_is_exact_without_the_instruction(
+    rounded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BFLOAT16", False)
+    set_matmul_precision("medium", "cpu")
+    x, weight = torch.randn(50, 60), torch.randn(70, 60)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+
+
+def test_precision_on_cuda_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    set_matmul_precision("high", "cuda")
+    set_matmul_precision("medium", "cpu")
+    set_matmul_precision("highest", "cpu")
+    assert asked == ["high"]

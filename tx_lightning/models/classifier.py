@@ -69,8 +69,8 @@ class Classifier(nn.Module):
         self.pooler = Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
         self.head = Linear(d_model, n_classes)
-        initialize(self.pooler)
-        initialize(self.head)
+        initialize(self.pooler, self.encoder.init_std)
+        initialize(self.head, self.encoder.init_std)
 
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Return the logits (B, C) of ids (B, T) with segments (B, T)."""
@@ -101,7 +101,7 @@ class Tagger(nn.Module):
         self.encoder = encoder(vocab_size)
         self.dropout = Dropout(dropout)
         self.head = Linear(self.encoder.d_model, n_tags)
-        initialize(self.head)
+        initialize(self.head, self.encoder.init_std)
 
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, C) of ids (B, T) with segments (B, T)."""

@@ -19,8 +19,6 @@ from tx_lightning.nn.linear import Linear
 from tx_lightning.nn.masks import additive_mask, causal_mask
 from tx_lightning.nn.positions import PositionsFactory
 
-_STD = 0.02
-
 
 @dataclass
 class LanguageModelState:
@@ -54,8 +52,8 @@ class LanguageModel(nn.Module):
     """A causal Transformer language model; its defaults are the 124 million parameters of GPT-2.
 
     Initialized as GPT-2 (Radford et al. 2019, section 2.3): matrices and embeddings normal with
-    standard deviation 0.02, biases 0, and the projections that end a residual sublayer scaled by
-    1 / sqrt(2 n_layers), so that the residual stream does not grow with depth.
+    standard deviation init_std, biases 0, and the projections that end a residual sublayer scaled
+    by 1 / sqrt(2 n_layers), so that the residual stream does not grow with depth.
 
     Args:
         vocab_size: Rows of the embedding table.
@@ -75,6 +73,9 @@ class LanguageModel(nn.Module):
             `SwiGLUFeedForward`.
         bias: Whether the projections of the attention have biases.
         tie_output: The output projection is the embedding table.
+        init_std: Standard deviation of the initial weights. GPT-2's 0.02 suits its width of 768; a
+            narrower network learns much faster from 0.02 sqrt(768 / d_model), which keeps the
+            variance of what a matrix returns.
 
     Raises:
         ValueError: The position scheme is shorter than context_length.
@@ -97,10 +98,11 @@ class LanguageModel(nn.Module):
         feed_forward: FeedForwardFactory = GELUFeedForward,
         bias: bool = True,
         tie_output: bool = True,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.context_length = context_length
-        self.embedding = Embedding(token_table(vocab_size, d_model, std=_STD), dropout=dropout)
+        self.embedding = Embedding(token_table(vocab_size, d_model, std=init_std), dropout=dropout)
         self.positions = positions_for(
             positions,
             d_model,
@@ -128,14 +130,14 @@ class LanguageModel(nn.Module):
         self.output = Linear(d_model, vocab_size, bias=False)
         if tie_output:
             self.output.weight = self.embedding.tokens.weight
-        self._initialize(n_layers)
+        self._initialize(n_layers, init_std)
 
-    def _initialize(self, n_layers: int) -> None:
+    def _initialize(self, n_layers: int, std: float) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 ends_a_sublayer = name.endswith(("self_attention.output", "feed_forward.outer"))
                 scale = 1 / math.sqrt(2 * n_layers) if ends_a_sublayer else 1.0
-                nn.init.normal_(module.weight, std=_STD * scale)
+                nn.init.normal_(module.weight, std=std * scale)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

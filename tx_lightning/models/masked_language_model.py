@@ -35,7 +35,7 @@ class MaskedLanguageModel(nn.Module):
         self.norm = norm(d_model)
         self.output = Linear(d_model, vocab_size)
         self.output.weight = self.encoder.embedding.tokens.weight
-        initialize(self.transform)
+        initialize(self.transform, self.encoder.init_std)
 
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Return the logits (B, T, V) of what stands at each place of ids (B, T)."""

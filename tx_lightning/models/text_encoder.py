@@ -13,21 +13,19 @@ from tx_lightning.nn.layers import EncoderLayer, NormFactory
 from tx_lightning.nn.masks import additive_mask, padding_mask
 from tx_lightning.nn.positions import PositionsFactory
 
-_STD = 0.02
 
-
-def initialize(module: nn.Module) -> None:
-    """Draw weights as BERT does: normal with standard deviation 0.02, biases 0.
+def initialize(module: nn.Module, std: float) -> None:
+    """Draw weights as BERT does: normal with one standard deviation, biases 0.
 
     The row of padding is 0; norms and position schemes keep their own initialization.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear):
-            nn.init.normal_(child.weight, std=_STD)
+            nn.init.normal_(child.weight, std=std)
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
         elif isinstance(child, nn.Embedding):
-            nn.init.normal_(child.weight, std=_STD)
+            nn.init.normal_(child.weight, std=std)
             if child.padding_idx is not None:
                 nn.init.zeros_(child.weight[child.padding_idx])
 
@@ -55,6 +53,9 @@ class TextEncoder(nn.Module):
             `SwiGLUFeedForward`.
         n_segments: Kinds of segments, such as first and second sentence; 0 for none.
         pad_id: The id of padding.
+        init_std: Standard deviation of the initial weights. BERT's 0.02 suits its width of 768; a
+            narrower network learns much faster from 0.02 sqrt(768 / d_model), which keeps the
+            variance of what a matrix returns.
 
     Raises:
         ValueError: The position scheme is shorter than max_length.
@@ -78,12 +79,14 @@ class TextEncoder(nn.Module):
         feed_forward: FeedForwardFactory = GELUFeedForward,
         n_segments: int = 2,
         pad_id: int = 0,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        self.init_std = init_std
         self.max_length = max_length
         self.pad_id = pad_id
         self.embedding = Embedding(
-            token_table(vocab_size, d_model, std=_STD, pad_id=pad_id),
+            token_table(vocab_size, d_model, std=init_std, pad_id=pad_id),
             dropout=dropout,
             n_segments=n_segments,
             norm=norm if embedding_norm else None,
@@ -106,7 +109,7 @@ class TextEncoder(nn.Module):
 
         self.layers = cast(list[EncoderLayer], nn.ModuleList(layer() for _ in range(n_layers)))
         self.final_norm = norm(d_model) if pre_norm else nn.Identity()
-        initialize(self)
+        initialize(self, init_std)
 
     def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
         """Encode ids (B, T), padded at the right, -> (B, T, D).
