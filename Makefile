@@ -1,6 +1,6 @@
 # A fresh clone needs Python 3.10 or newer and make:
 #   make demo    train on the embedded language, about four minutes on two cores
-#   make test    every test
+#   make test    every test but the slow ones, which are make test-slow
 # Both create .venv with the versions of constraints.txt the first time, and again only after
 # pyproject.toml or constraints.txt changed. Another interpreter: make PYTHON=python3.12 test
 
@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 WORK := benchmarks/.work
 BASELINES := $(WORK)/joeynmt/.installed $(WORK)/eole/.installed
 
-.PHONY: demo test lint format install clean benchmark
+.PHONY: demo test test-slow lint format install clean benchmark
 
 demo: $(INSTALLED)
 	$(BIN)/tx-lightning fit --config experiments/quickstart/translation.yaml
@@ -20,6 +20,11 @@ demo: $(INSTALLED)
 # other's way.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+
+# Minutes each: runs that are killed at random, and what else takes long. One after the other, so
+# that the kills come when they should.
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --quiet
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -94,3 +94,58 @@ class SignalAt(Callback):
         self.seen += 1
         if self.seen == self.batch:
             os.kill(os.getpid(), self.signum)
+
+
+class KillAt(Callback):
+    """Kills the process at the moment that $KILL_AT names, as "validation:20".
+
+    `window:S` is between the micro-batches of step S, `epoch_end:E` after the last batch of epoch
+    E, `validation:S` in the validation after step S, `saving:S` when half of a checkpoint of step S
+    is written, `saved:S` right after it was.
+    """
+
+    def __init__(self) -> None:
+        moment, _, number = os.environ.get("KILL_AT", "").partition(":")
+        self._moment, self._number = moment, int(number or 0)
+
+    def _now(self, moment: str, number: int) -> bool:
+        return (moment, number) == (self._moment, self._number)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        inside = batch_idx % trainer.accumulate_grad_batches
+        if inside and self._now("window", trainer.global_step):
+            _die()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._now("epoch_end", trainer.current_epoch):
+            _die()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *_: Any
+    ) -> None:
+        if self._now("validation", trainer.global_step):
+            _die()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._now("saving", trainer.global_step):
+            write = torch.save
+
+            def half(checkpoint: Any, file: Any) -> None:
+                write(checkpoint, file)
+                file.flush()
+                os.ftruncate(file.fileno(), file.tell() // 2)
+                _die()
+
+            torch.save = half  # type: ignore[assignment]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._now("saved", trainer.global_step):
+            _die()
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

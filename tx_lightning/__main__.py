@@ -15,6 +15,7 @@ VERBS = {
     "translate": "translate lines from standard input with a checkpoint, and nothing else",
     "generate": "continue prompts with the checkpoint of a language model",
     "classify": "label texts from standard input, or the words in them, with a checkpoint",
+    "reproduce": "run a run again and say whether the same comes out",
     "average": "average the weights of several checkpoints into one",
     "import": "make a checkpoint of GPT-2, BERT, BART or Marian weights of Hugging Face",
     "export": "write a checkpoint as a folder that transformers loads",

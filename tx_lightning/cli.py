@@ -299,7 +299,7 @@ class CommandLine(LightningCLI):
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
                 logger.open_in(self.folder, self.verb or "build")
-        trainer.callbacks.insert(0, RunRecord(self._plain(self.config)))
+        trainer.callbacks.insert(0, RunRecord(self._plain(self.config), self.folder))
         trainer.callbacks.append(GracefulStop(self.folder))
         if self.verb == "predict":
             trainer.callbacks.append(PredictionWriter(self.folder))
@@ -504,6 +504,10 @@ def _dispatch(words: Sequence[str]) -> int:
         return main(words[1:])
     if words[0] == "average":
         from tx_lightning.averaging import main
+
+        return main(words[1:])
+    if words[0] == "reproduce":
+        from tx_lightning.reproduce import main
 
         return main(words[1:])
     if words[0] == "import":

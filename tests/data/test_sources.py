@@ -16,8 +16,10 @@ from tx_lightning.data import fingerprints
 from tx_lightning.data.errors import listed
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.huggingface import HuggingFacePairs
+from tx_lightning.data.labelled_sources import HuggingFaceLabelled
 from tx_lightning.data.sources import TSV, DataError, JSONLines, ParallelSource, TextPairs
 from tx_lightning.data.store import PairFilter, PairStore, write_pairs
+from tx_lightning.data.text_sources import HuggingFaceTexts
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizers
 
 PAIRS = [("one", "eins"), ("", "zwei"), ("three  four", "")]
@@ -400,11 +402,13 @@ def test_hugging_face_refusals_are_one_line(hub: list[tuple[Any, ...]]) -> None:
     )
 
 
-def test_hugging_face_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reader", [HuggingFacePairs, HuggingFaceTexts, HuggingFaceLabelled])
+def test_hugging_face_without_the_package(reader: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    message = refusal(HuggingFacePairs("wmt/x", "en", "de").prepare)
+    columns = ("en",) if reader is HuggingFaceTexts else ("en", "de")
+    message = refusal(reader("wmt/x", *columns).prepare)
     assert message == (
-        "HuggingFacePairs needs the package datasets: pip install 'tx-lightning[datasets]'"
+        f"{reader.__name__} needs the package datasets: pip install 'tx-lightning[datasets]'"
     )
 
 

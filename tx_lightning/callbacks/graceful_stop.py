@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end training at a step boundary, with a checkpoint and how to go on."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end training at a step boundary, with a checkpoint.
+
+What is said last is how to go on.
+"""
 
 import signal
 import sys
@@ -12,7 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tx_lightning.runs import CHECKPOINTS, shown
 
 ASK_EVERY = 8  # steps between two agreements of several processes, which cost a collective each
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Ctrl-C; what a machine that goes down sends; what SLURM sends on request before it preempts a job.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(Exception):

@@ -1,10 +1,12 @@
 """What a run is: its configuration, size, data and scores, told to the loggers and checkpoints."""
 
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF
+from tx_lightning.provenance import add_start, provenance
 
 
 @runtime_checkable
@@ -14,19 +16,31 @@ class HasStatistics(Protocol):
     statistics: dict[str, int | float | str]
 
 
+@runtime_checkable
+class HasIdentity(Protocol):
+    """A datamodule that can say which data it has."""
+
+    def identity(self) -> dict[str, Any]:
+        """Digests of all that decides its batches."""
+
+
 class RunRecord(Callback):
     """Tells the loggers what is being run, and every checkpoint how good it is.
 
     Loggers receive the resolved configuration, `n_parameters`, `data_statistics` and the
     signatures of BLEU and chrF. A checkpoint written at the step of a validation receives
-    `checkpoint["metrics"]`, by which `tx-lightning average --best` ranks.
+    `checkpoint["metrics"]`, by which `tx-lightning average --best` ranks. Where the run comes from
+    (`tx_lightning.provenance`) stands in the run folder and in `checkpoint["provenance"]`.
 
     Args:
         config: The resolved configuration, nested, of plain values.
+        folder: The run folder.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], folder: Path) -> None:
         self.config = config
+        self.folder = folder
+        self._provenance: dict[str, Any] | None = None
         self._metrics: dict[str, float] = {}
         self._step = -1
 
@@ -55,6 +69,7 @@ class RunRecord(Callback):
     ) -> None:
         if self._step == trainer.global_step:
             checkpoint["metrics"] = self._metrics
+        checkpoint["provenance"] = self._provenance
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -69,5 +84,10 @@ class RunRecord(Callback):
                 record["bleu_signature"] = metric.signature
             elif isinstance(metric, CorpusChrF):
                 record["chrf_signature"] = metric.signature
+        data = untyped.datamodule
+        identity = data.identity() if isinstance(data, HasIdentity) else None
+        self._provenance = provenance(self.config, identity)
+        if not untyped.fast_dev_run:
+            add_start(self._provenance, self.folder)
         for logger in trainer.loggers:
             logger.log_hyperparams(record)

@@ -8,6 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tx_lightning.data.batches import Batch
 
+TIMINGS = (
+    "train/tokens_per_second",
+    "train/source_tokens_per_second",
+    "train/step_time",
+)  # metrics that differ between two runs of the same
+
 
 class Throughput(Callback):
     """Log tokens per second, the share of padding and the time of an optimizer step.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tx_lightning.data.download import RemoteFiles
 from tx_lightning.data.errors import DataError
 from tx_lightning.data.grammar import Grammar, Language
-from tx_lightning.data.huggingface import HuggingFacePairs
+from tx_lightning.data.huggingface import HubRows
 from tx_lightning.data.sources import (
     FileSource,
     Source,
@@ -398,10 +398,9 @@ class HuggingFaceLabelled(LabelledSource):
         test: str | None = "test",
     ) -> None:
         self.keys = (text_key, label_key, second_key)
-        self._rows = HuggingFacePairs(
+        self._rows = HubRows(
+            "HuggingFaceLabelled",
             name,
-            text_key,
-            label_key,
             config=config,
             revision=revision,
             train=train,
@@ -425,15 +424,12 @@ class HuggingFaceLabelled(LabelledSource):
 
     def fingerprint(self, split: str) -> str:
         self.check_split(split)
-        parts = ["labelled", str(self.keys[2]), self._rows.fingerprint(split)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return self._rows.fingerprint(split, "labelled", *map(str, self.keys))
 
     def _read(self, split: str) -> Iterator[LabelledText]:
         text_key, label_key, second_key = self.keys
-        dataset = self._rows._load(split)
-        names = label_names(dataset, label_key)
-        for number, row in enumerate(dataset):
-            where = f"{self._rows.name}, {self._rows._names[split]}, row {number}"
+        names = label_names(self._rows.load(split), label_key)
+        for where, row in self._rows.rows(split):
             yield LabelledText(
                 text_at(row, text_key, where),
                 None if second_key is None else text_at(row, second_key, where),

@@ -280,6 +280,20 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         batches = self.evaluation_batches(self.val_store if store is None else store)
         return batches.__getitems__(self.example_share(index))
 
+    def identity(self) -> dict[str, Any]:
+        """Digests of the texts of each split, references included, and of the tokenizers."""
+        named = dict.fromkeys((self.train_split, self.val_split, self.test_split))
+        there = self.source.splits()
+        splits = {split: self._fingerprint(split) for split in named if split in there}
+        return {"splits": splits, "tokenizers": self._sha256(self.tokenizers)}
+
+    def _fingerprint(self, split: str) -> str | None:
+        """Of a split, None where this run does not need it and it is not there."""
+        try:
+            return self.source.fingerprint(split)
+        except DataError:
+            return None
+
     def state_dict(self) -> dict[str, Any]:
         """Which tokenizers the checkpoint belongs to."""
         return {"tokenizers": self._sha256(self.tokenizers)}

@@ -36,7 +36,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
     Raises:
         DataError: The file is missing, empty, cut, or not text; says the line.
     """
-    with _open(path) as file:
+    with open_binary(path) as file:
         line = file.readline(LONGEST_LINE + 1).removeprefix(codecs.BOM_UTF8)
         if not line:
             raise DataError(f"{path} is empty: it has no lines")
@@ -65,7 +65,7 @@ def read_aligned(source: str | Path, target: str | Path) -> Iterator[tuple[str, 
 def count_lines(path: str | Path) -> int:
     """The number of lines that `read_lines` would yield, without looking at what they hold."""
     lines, last = 0, b""
-    with _open(path) as file:
+    with open_binary(path) as file:
         while chunk := file.read(_CHUNK):
             lines += chunk.count(b"\n")
             last = chunk[-1:]
@@ -80,7 +80,7 @@ def checked(text: str, where: str) -> str:
         where: File and line, or the like, to open the message with.
     """
     if "\0" in text:
-        raise DataError(_nul(where))
+        raise DataError(nul_byte(where))
     if not text.isascii():
         try:
             text.encode()
@@ -109,11 +109,12 @@ def _decoded(line: bytes, path: str | Path, number: int) -> str:
             f"UTF-8; if the file is {guess}, convert it with: iconv -f {guess} -t UTF-8"
         ) from None
     if "\0" in text:
-        raise DataError(_nul(f"{path}, line {number}"))
+        raise DataError(nul_byte(f"{path}, line {number}"))
     return _one_line(text.rstrip("\r\n"))
 
 
-def _nul(where: str) -> str:
+def nul_byte(where: str) -> str:
+    """What is said of a NUL byte in a text."""
     return (
         f"{where} holds a NUL byte, which no text does (UTF-16, a binary file, or the end of a "
         "file cut by a crash?); convert the file, or remove them with: tr -d '\\000'"
@@ -127,7 +128,7 @@ def _one_line(text: str) -> str:
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[BufferedIOBase]:
+def open_binary(path: str | Path) -> Iterator[BufferedIOBase]:
     """The decompressed bytes of a file; whatever goes wrong while it is read is a DataError."""
     path = Path(path).expanduser()
     try:

@@ -19,10 +19,10 @@ from tx_lightning.data.download import RemoteFiles
 from tx_lightning.data.errors import DataError, listed
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.grammar import Grammar, Language
-from tx_lightning.data.huggingface import HuggingFacePairs
+from tx_lightning.data.huggingface import HubRows
 from tx_lightning.data.sources import FileSource, ParallelSource, Source, string_at
 from tx_lightning.data.synchronous_grammar import Tree
-from tx_lightning.data.text import _nul, _open, checked, read_lines
+from tx_lightning.data.text import checked, nul_byte, open_binary, read_lines
 
 Document = Literal["file", "line", "paragraph"]
 Side = Literal["source", "target", "both"]
@@ -366,15 +366,21 @@ class HuggingFaceTexts(TextSource):
         test: str | None = "test",
     ) -> None:
         self.key = key
-        self._pairs = HuggingFacePairs(
-            name, key, key, config=config, revision=revision, train=train, val=val, test=test
+        self._rows = HubRows(
+            "HuggingFaceTexts",
+            name,
+            config=config,
+            revision=revision,
+            train=train,
+            val=val,
+            test=test,
         )
 
     def splits(self) -> list[str]:
-        return self._pairs.splits()
+        return self._rows.splits()
 
     def prepare(self) -> None:
-        self._pairs.prepare()
+        self._rows.prepare()
 
     def texts(self, split: str) -> Iterator[str]:
         self.check_split(split)
@@ -382,11 +388,10 @@ class HuggingFaceTexts(TextSource):
 
     def fingerprint(self, split: str) -> str:
         self.check_split(split)
-        return hashlib.sha256(f"texts {self._pairs.fingerprint(split)}".encode()).hexdigest()
+        return self._rows.fingerprint(split, "texts", self.key)
 
     def _read(self, split: str) -> Iterator[str]:
-        for number, row in enumerate(self._pairs._load(split)):
-            where = f"{self._pairs.name}, {self._pairs._names[split]}, row {number}"
+        for where, row in self._rows.rows(split):
             text = string_at(row, self.key, where)
             lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
             if text := "\n".join(checked(line, where) for line in lines):
@@ -402,7 +407,7 @@ def read_text(path: str | Path) -> Iterator[str]:
         DataError: The file is missing, empty, cut, or not text; says the line.
     """
     decoder = IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    with _open(path) as file:
+    with open_binary(path) as file:
         chunk = file.read(_CHUNK).removeprefix(codecs.BOM_UTF8)
         if not chunk:
             raise DataError(f"{path} is empty: it has no text")
@@ -415,7 +420,7 @@ def read_text(path: str | Path) -> Iterator[str]:
                 raise DataError(_not_utf8(error, path, line)) from None
             if (place := chunk.find(b"\0")) >= 0:
                 line += chunk.count(b"\n", 0, place)
-                raise DataError(_nul(f"{path}, line {line}"))
+                raise DataError(nul_byte(f"{path}, line {line}"))
             cut = _place_to_cut(text) if following else len(text)
             if cut > 0:
                 yield text[:cut]

@@ -33,6 +33,8 @@ class Embedding(nn.Module):
         n_segments: Kinds of segments, such as first and second sentence (Devlin et al. 2019, figure
             2); 0 for none.
         norm: Builds the norm from the width, where there is one.
+        token_dropout: Share of the tokens that are dropped whole, before positions are added (Iyyer
+            et al. 2015, section 4.1).
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Embedding(nn.Module):
         scale: bool = False,
         n_segments: int = 0,
         norm: NormFactory | None = None,
+        token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         d_model = tokens.embedding_dim
@@ -50,13 +53,17 @@ class Embedding(nn.Module):
         self.segments = nn.Embedding(n_segments, d_model) if n_segments else None
         self.norm = nn.Identity() if norm is None else norm(d_model)
         self.dropout = Dropout(dropout)
+        self.token_dropout = Dropout(token_dropout)
         self.scale = math.sqrt(d_model) if scale else 1.0
 
     def forward(
         self, ids: Tensor, positions: Positions, start: int = 0, segments: Tensor | None = None
     ) -> Tensor:
         """Embed ids (B, T) that begin at position `start`; segments (B, T) are all 0 where None."""
-        x = positions.embed(self.tokens(ids) * self.scale, start)
+        x = self.tokens(ids) * self.scale
+        if self.training and self.token_dropout.p:
+            x = x * self.token_dropout(x.new_ones(*ids.shape, 1))
+        x = positions.embed(x, start)
         if self.segments is not None:
             x = x + (self.segments.weight[0] if segments is None else self.segments(segments))
         elif segments is not None:

@@ -45,6 +45,8 @@ class TextEncoder(nn.Module):
         dropout: Dropout on embeddings and on each sublayer's output.
         attention_dropout: Dropout on attention weights; above 0 it is slow on CPUs for sequences
             of more than 128 tokens.
+        token_dropout: Share of the tokens whose embeddings are dropped (Iyyer et al. 2015, section
+            4.1): what a classifier with few examples should not come to rely on.
         pre_norm: Norms before the sublayers instead of after the residual sums.
         positions: The position scheme, one line of YAML; null for `LearnedPositions` of max_length.
         norm: The norm: `torch.nn.LayerNorm` or `torch.nn.RMSNorm`.
@@ -72,6 +74,7 @@ class TextEncoder(nn.Module):
         max_length: int = 512,
         dropout: float = 0.1,
         attention_dropout: float = 0.0,
+        token_dropout: float = 0.0,
         pre_norm: bool = False,
         positions: PositionsFactory | None = None,
         norm: NormFactory = nn.LayerNorm,
@@ -90,6 +93,7 @@ class TextEncoder(nn.Module):
             dropout=dropout,
             n_segments=n_segments,
             norm=norm if embedding_norm else None,
+            token_dropout=token_dropout,
         )
         self.positions = positions_for(
             positions, d_model, n_heads, bidirectional=True, length=max_length, name="max_length"
