@@ -101,7 +101,7 @@ class KillAt(Callback):
 
     `window:S` is between the micro-batches of step S, `epoch_end:E` after the last batch of epoch
     E, `validation:S` in the validation after step S, `saving:S` when half of a checkpoint of step S
-    is written, `saved:S` right after it was.
+    is written.
     """
 
     def __init__(self) -> None:
@@ -141,10 +141,6 @@ class KillAt(Callback):
                 _die()
 
             torch.save = half  # type: ignore[assignment]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._now("saved", trainer.global_step):
-            _die()
 
 
 def _die() -> None:

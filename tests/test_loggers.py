@@ -28,13 +28,17 @@ def test_each_row_is_in_the_file_at_once(tmp_path: Path) -> None:
 
 def test_rewinding_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
     logger = MetricsFile(tmp_path)
+    assert logger.size() == 0
     logger.rewind(5)  # nothing there yet
     assert not logger.path.exists()
+    sizes = {}
     for step in range(1, 10):
         logger.log_metrics({"train/loss": float(step)}, step=step)
+        sizes[step] = logger.size()
     with logger.path.open("a") as file:
         file.write('{"step": 3, "train/l')  # as a kill leaves it
-    logger.rewind(5)
+    logger.rewind(sizes[9] + 1000)
+    logger.rewind(sizes[5])
     assert [row["step"] for row in read_metrics(logger.path)] == [1, 2, 3, 4, 5]
     logger.log_metrics({"train/loss": 6.5}, step=6)
     assert read_metrics(logger.path)[-1]["train/loss"] == 6.5

@@ -29,6 +29,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import tx_lightning
 from tx_lightning import __version__
+from tx_lightning.callbacks.due_validation import DueValidation
 from tx_lightning.callbacks.graceful_stop import GracefulStop, Interrupted
 from tx_lightning.callbacks.predictions import PredictionWriter
 from tx_lightning.callbacks.progress_bar import ProgressBar
@@ -300,7 +301,7 @@ class CommandLine(LightningCLI):
             if isinstance(logger, WandB):
                 logger.open_in(self.folder, self.verb or "build")
         trainer.callbacks.insert(0, RunRecord(self._plain(self.config), self.folder))
-        trainer.callbacks.append(GracefulStop(self.folder))
+        trainer.callbacks += [DueValidation(), GracefulStop(self.folder)]
         if self.verb == "predict":
             trainer.callbacks.append(PredictionWriter(self.folder))
         assert isinstance(trainer, Trainer)
@@ -443,12 +444,12 @@ class CommandLine(LightningCLI):
             go_on = f"tx-lightning fit --resume {shown(self.folder)}"
             print(f"after an interruption, go on with: {go_on}", flush=True)
             return
-        step = -1
+        size = 0
         if self.checkpoint is None:
             print("no checkpoint was written yet: starting from the beginning", flush=True)
         else:
-            step = read_checkpoint(self.checkpoint, lazily=True)["global_step"]
-        MetricsFile(self.folder).rewind(step)
+            size = read_checkpoint(self.checkpoint, lazily=True)["metrics_size"]
+        MetricsFile(self.folder).rewind(size)
 
 
 def _parser_options(run: bool) -> dict[str, Any]:

@@ -68,14 +68,14 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """The configuration stands in config.yaml beside the file."""
 
-    def rewind(self, step: int) -> None:
-        """Drop the rows beyond a step, and a torn last line: training goes on from there."""
-        if not self.path.exists():
-            return
-        rows = [row for row in read_metrics(self.path) if (row["step"] or 0) <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        temporary.replace(self.path)
+    def size(self) -> int:
+        """Bytes written so far, which a checkpoint remembers."""
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def rewind(self, size: int) -> None:
+        """Drop the rows after the first `size` bytes: training goes on from there."""
+        if self.size() > size:
+            os.truncate(self.path, size)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

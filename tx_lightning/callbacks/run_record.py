@@ -5,6 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tx_lightning.loggers import MetricsFile
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF
 from tx_lightning.provenance import add_start, provenance
 
@@ -30,7 +31,8 @@ class RunRecord(Callback):
     Loggers receive the resolved configuration, `n_parameters`, `data_statistics` and the
     signatures of BLEU and chrF. A checkpoint written at the step of a validation receives
     `checkpoint["metrics"]`, by which `tx-lightning average --best` ranks. Where the run comes from
-    (`tx_lightning.provenance`) stands in the run folder and in `checkpoint["provenance"]`.
+    (`tx_lightning.provenance`) stands in the run folder and in `checkpoint["provenance"]`; and
+    `checkpoint["metrics_size"]` is how much of metrics.jsonl stands when training goes on from it.
 
     Args:
         config: The resolved configuration, nested, of plain values.
@@ -70,6 +72,7 @@ class RunRecord(Callback):
         if self._step == trainer.global_step:
             checkpoint["metrics"] = self._metrics
         checkpoint["provenance"] = self._provenance
+        checkpoint["metrics_size"] = MetricsFile(self.folder).size()
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

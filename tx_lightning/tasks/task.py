@@ -5,7 +5,7 @@ A task is a `Task` with a `forward` that sums the loss of a batch, the steps of 
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Generic, TypeVar
 
@@ -126,10 +126,22 @@ class Task(LightningModule, Generic[B]):
         """Put in all that using the weights needs: settings and tokenizers."""
         tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
         checkpoint["tx_lightning"] = checkpoint_record(self.settings, tokenizers)
+        if self._train_sums is not None:
+            # Added up now, whether or not the run is resumed from here: so it ends the same.
+            sums = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum")
+            self._take_train_sums(sums.tolist())
+            checkpoint["train_sums"] = sums.tolist()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's tokenizers, or refuse if the data's differ."""
         self.attach(Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"]))
+        if self._trainer is not None and "train_sums" in checkpoint:
+            self._take_train_sums(checkpoint["train_sums"])
+
+    def _take_train_sums(self, sums: list[float]) -> None:
+        """Go on from the sums over all processes, which the first one has from now on."""
+        first = self.trainer.is_global_zero
+        self._train_sums = torch.tensor(sums if first else [0.0, 0.0], device=self.device)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule."""
@@ -167,18 +179,26 @@ class Task(LightningModule, Generic[B]):
         if gradient_clip_val is not None or self._logs_after(self.trainer.global_step + 1):
             self._grad_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_train_batch_end(self, outputs: Any, batch: B, batch_idx: int) -> None:
-        """On logging steps, log the loss per label since the last one and the gradient norm."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        if not stepped or not self._logs_after(self.trainer.global_step):
-            return
-        if self._train_sums is None or self._grad_norm is None:
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """On logging steps, log the loss per label since the last one and the gradient norm.
+
+        Here rather than in a later hook, so that a checkpoint of this step is saved after it.
+        """
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        step = self.trainer.global_step + 1  # the trainer counts it when this returns
+        if not self._logs_after(step) or self._train_sums is None or self._grad_norm is None:
             return
         loss, tokens = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum").tolist()
         self._train_sums = None
         metrics = {"train/loss": loss / max(tokens, 1), "train/grad_norm": float(self._grad_norm)}
         for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=self.trainer.global_step)
+            logger.log_metrics(metrics, step=step)
         self.trainer.progress_bar_metrics["train/loss"] = metrics["train/loss"]
 
     def _logs_after(self, step: int) -> bool:

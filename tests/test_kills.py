@@ -1,0 +1,188 @@
+"""A run that is killed, wherever, and resumed ends as the run that nobody touched: bit by bit.
+
+The fast tests kill one run at each kind of moment that is hard to come by. The campaign (`make
+test-slow`) kills runs of three tasks at random, with and without worker processes, on one process
+and on two.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.test_every_task import configuration
+from tx_lightning.checkpoints import read_checkpoint
+from tx_lightning.loggers import read_metrics
+from tx_lightning.reproduce import history
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = 5  # of each run of the campaign
+
+
+def written(task: str, folder: Path, **trainer: Any) -> Path:
+    """Write the configuration of a run with dropout, accumulation and validation into a file."""
+    settings = configuration(task)
+    saving = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {
+            "every_n_train_steps": 2,
+            "monitor": "step",
+            "mode": "max",
+            "save_top_k": 2,
+            "save_last": True,
+        },
+    }
+    settings["trainer"] |= {
+        "callbacks": [
+            {"class_path": "tx_lightning.callbacks.LRWarmup", "init_args": {"warmup_steps": 20}},
+            saving,
+            {"class_path": "tests.stand_ins.KillAt"},
+        ],
+        "max_steps": 40,
+        "val_check_interval": 10,
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 1.0,
+        "logger": [{"class_path": "tx_lightning.loggers.WandB", "init_args": {"mode": "disabled"}}],
+        **trainer,
+    }
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def start(run: Path, file: Path, words: list[str], kill_at: str = "") -> subprocess.Popen[str]:
+    """Start the run in its folder, or go on with it where it has begun."""
+    begun = (run / "config.yaml").is_file()
+    place = ["--resume", str(run)] if begun else ["--trainer.default_root_dir", str(run)]
+    command = ["fit", *place] if begun else ["fit", "--config", str(file), *place, *words]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "disabled",
+        "KILL_AT": kill_at,
+    }
+    with (file.parent / "output.txt").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tx_lightning", *command],
+            cwd=file.parent,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def finish(run: Path, file: Path, words: list[str]) -> None:
+    process = start(run, file, words)
+    assert process.wait(timeout=300) == 0, (file.parent / "output.txt").read_text()[-3000:]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a run with all its processes, as a machine that goes down does."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Weights, optimizer, rates, callbacks and metrics are the same to the last bit."""
+    one, other = (read_checkpoint(r / "checkpoints" / "last.ckpt") for r in (whole, run))
+    assert one["global_step"] == other["global_step"] == 40
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch"):
+        assert_equal(one[part], other[part], part)
+    for name, state in one["callbacks"].items():
+        if "ModelCheckpoint" not in name:  # it holds the paths of the folder
+            assert_equal(state, other["callbacks"][name], name)
+    assert history(run) == history(whole)
+    rows = [
+        (row["step"], tuple(sorted(row.keys() - {"time"})))
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+    assert len(rows) == len(set(rows)), "a step was logged twice"
+
+
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key, value in a.items():
+            assert_equal(value, b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{index}]")
+    else:
+        assert a == b, where
+
+
+MOMENTS = ("window:3", "epoch_end:1", "validation:20", "saving:26", "validation:40")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that nobody touched, and its configuration."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = written("LanguageModeling", folder)
+    finish(folder / "run", file, [])
+    return folder / "run", file
+
+
+def test_killed_at_the_hardest_moments(whole: tuple[Path, Path], tmp_path: Path) -> None:
+    """Inside an accumulation window, at an epoch's end, in validation, in the middle of a save."""
+    run = tmp_path / "run"
+    file = tmp_path / "run.yaml"
+    file.write_text(whole[1].read_text())
+    for moment in MOMENTS:
+        process = start(run, file, [], kill_at=moment)
+        assert process.wait(timeout=120) == -signal.SIGKILL, (
+            moment,
+            (tmp_path / "output.txt").read_text()[-3000:],
+        )
+    finish(run, file, [])
+    assert_same(run, whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("task", ["Translation", "LanguageModeling", "Classification"])
+def test_campaign(task: str, workers: int, processes: int, tmp_path: Path) -> None:
+    words = ["--data.num_workers", str(workers)]
+    if processes > 1:
+        words += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    file = written(task, tmp_path / "whole")
+    began = time.monotonic()
+    finish(tmp_path / "whole" / "run", file, words)
+    seconds = time.monotonic() - began
+    killed, run = tmp_path / "killed" / "run.yaml", tmp_path / "killed" / "run"
+    killed.write_text(file.read_text())
+    moments = random.Random(f"{task} {workers} {processes}")
+    kills, steps = 0, []
+    while kills < KILLS:
+        process = start(run, killed, words)
+        try:
+            process.wait(timeout=moments.uniform(0.4, 1.0) * seconds)
+        except subprocess.TimeoutExpired:
+            kill(process)
+            kills += 1
+            file_of_metrics = run / "metrics.jsonl"
+            rows = read_metrics(file_of_metrics) if file_of_metrics.is_file() else []
+            steps.append(max((row["step"] for row in rows), default=0))
+        else:
+            assert process.returncode == 0, (tmp_path / "killed/output.txt").read_text()[-3000:]
+            break  # it was done before its time
+    finish(run, killed, words)
+    assert_same(run, tmp_path / "whole" / "run")
+    print(json.dumps({"task": task, "workers": workers, "processes": processes, "steps": steps}))
