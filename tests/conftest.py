@@ -14,6 +14,8 @@ os.environ["WANDB_SILENT"] = "true"
 import pytest
 import torch
 
+from tx_lightning.nn.linear import set_matmul_precision
+
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Named data sets of the user must not decide what a test sees: only `real_data` brings them back.
 _REAL_DATA = Path(os.environ.pop("TX_LIGHTNING_DATA", "") or _BESIDE).expanduser().resolve()
@@ -21,12 +23,13 @@ _REAL_DATA = Path(os.environ.pop("TX_LIGHTNING_DATA", "") or _BESIDE).expanduser
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Give each test its own cache, its own W&B folder, a fixed seed and one thread."""
+    """Give each test its own cache, its own W&B folder, a seed, one thread, exact products."""
     monkeypatch.setenv("TX_LIGHTNING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
+    set_matmul_precision("highest", "cpu")
     if "wandb" in sys.modules:
         import wandb
 

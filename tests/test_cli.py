@@ -156,7 +156,7 @@ def test_a_run_goes_on_where_it_ended(base: str) -> None:
 
 
 @pytest.mark.filterwarnings(MID_EPOCH)
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
 def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
     base: str, capsys: pytest.CaptureFixture[str], name: str, status: int
 ) -> None:

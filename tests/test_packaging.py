@@ -38,7 +38,16 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # import everything but cli, and none of the named ones imports them.
 PARTS = {"decoding", "data", "losses", "metrics", "models", "nn", "schedules"}
 # Run folders, checkpoint files, configurations and messages: they know no model and no data.
-FILES = {"averaging", "checkpoints", "configuration", "diagnosis", "errors", "loggers", "runs"}
+FILES = {
+    "averaging",
+    "checkpoints",
+    "configuration",
+    "diagnosis",
+    "errors",
+    "loggers",
+    "runs",
+    "provenance",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "nn": set(),
     "models": {"nn"},

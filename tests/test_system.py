@@ -30,7 +30,8 @@ DATA = ["--data.batch_tokens", "1024", "--data.source.n_train", "900"]
 
 def run_words(folder: Path, verb: str, *words: str) -> list[str]:
     configs = ["--config", str(QUICKSTART), "--config", shrink(folder)]
-    return [verb, *configs, "--trainer.accelerator", "cpu", "--name", verb, *words]
+    exact = ["--matmul_precision", "highest"]
+    return [verb, *configs, *exact, "--trainer.accelerator", "cpu", "--name", verb, *words]
 
 
 @pytest.fixture(scope="module")

@@ -397,6 +397,7 @@ class CommandLine(LightningCLI):
                 self._test_after()
             failed = False
         finally:
+            set_matmul_precision("highest", self.trainer.strategy.root_device.type)
             self._report()
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandB):
@@ -510,7 +511,8 @@ def _dispatch(words: Sequence[str]) -> int:
     if words[0] == "reproduce":
         from tx_lightning.reproduce import main
 
-        return main(words[1:])
+        import_classes()
+        return main(words[1:], CommandLine)
     if words[0] == "import":
         from tx_lightning.weights.import_verb import main
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ _LONGEST = 60  # characters of a value in that list
 History = dict[tuple[int, str], float]
 
 
-def main(words: Sequence[str]) -> int:
+def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
     """Carry out `tx-lightning reproduce`; 0 where all came out the same, 1 where anything differs.
 
     Args:
         words: What follows `reproduce`.
+        command: Carries out the words of another command.
     """
     parser = ArgumentParser(
         prog="tx-lightning reproduce",
@@ -51,22 +52,13 @@ def main(words: Sequence[str]) -> int:
             f"{run} has no checkpoint of a training run: there is nothing to compare with"
         )
     again = run_folder(run.absolute().parent)
-    fit_again(run, again)
+    command(["fit", "--config", str(run / CONFIG), "--trainer.default_root_dir", str(again)])
     if not is_first_process():
         return 0
     report = compare(run, again)
     for line in report:
         print(line, flush=True)
     return 0 if report.same else 1
-
-
-def fit_again(run: Path, again: Path) -> None:
-    """Carry out `fit` with the configuration of a run, into another folder."""
-    from tx_lightning.cli import CommandLine, import_classes
-
-    import_classes()
-    place = str(again)
-    CommandLine(["fit", "--config", str(run / CONFIG), "--trainer.default_root_dir", place])
 
 
 class Report(list[str]):

@@ -332,3 +332,20 @@ def test_positions_shorter_than_the_maximum() -> None:
 def test_width_not_divisible_by_heads() -> None:
     with pytest.raises(ValueError, match="d_model=16 is not divisible by n_heads=3"):
         network(n_heads=3)
+
+
+def test_token_dropout_drops_whole_tokens_in_training() -> None:
+    torch.manual_seed(0)
+    model = TextEncoder(
+        50, d_model=8, n_heads=2, n_layers=1, dropout=0.0, embedding_norm=False, token_dropout=0.25
+    )
+    ids = torch.randint(1, 50, (100, 40))
+    segments = model.embedding.segments
+    assert segments is not None
+    rest = model.positions.embed(torch.zeros(100, 40, 8), 0) + segments.weight[0]
+    tokens = model.embedding.tokens(ids)
+    assert_close(model.eval().embedding(ids, model.positions) - rest, tokens)
+    found = model.train().embedding(ids, model.positions) - rest
+    dropped = found.abs().amax(dim=-1) < 1e-6
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert_close(found[~dropped], tokens[~dropped] / 0.75)
