@@ -509,10 +509,10 @@ def _dispatch(words: Sequence[str]) -> int:
 
         return main(words[1:])
     if words[0] == "reproduce":
-        from tx_lightning.reproduce import main
+        from tx_lightning import reproduce
 
         import_classes()
-        return main(words[1:], CommandLine)
+        return reproduce.main(words[1:], CommandLine)
     if words[0] == "import":
         from tx_lightning.weights.import_verb import main
 
