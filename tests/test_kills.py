@@ -5,7 +5,6 @@ test-slow`) kills runs of three tasks at random, with and without worker process
 and on two.
 """
 
-import json
 import os
 import random
 import signal
@@ -25,7 +24,8 @@ from tx_lightning.loggers import read_metrics
 from tx_lightning.reproduce import history
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = 5  # of each run of the campaign
+KILLS = 5  # of each run of the campaign, 20 of each task
+CAMPAIGN_STEPS = 200
 
 
 def written(task: str, folder: Path, **trainer: Any) -> Path:
@@ -93,10 +93,23 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait(timeout=60)
 
 
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until this start of the run, which drops the rows that it makes again, has come that far."""
+    output = run.parent / "output.txt"
+    for _ in range(6000):
+        if process.poll() is not None:
+            break
+        metrics = run / "metrics.jsonl"
+        if metrics.is_file() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(output.read_text()[-3000:])
+
+
 def assert_same(run: Path, whole: Path) -> None:
     """Weights, optimizer, rates, callbacks and metrics are the same to the last bit."""
     one, other = (read_checkpoint(r / "checkpoints" / "last.ckpt") for r in (whole, run))
-    assert one["global_step"] == other["global_step"] == 40
+    assert one["global_step"] == other["global_step"] >= 40
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch"):
         assert_equal(one[part], other[part], part)
     for name, state in one["callbacks"].items():
@@ -162,27 +175,16 @@ def test_campaign(task: str, workers: int, processes: int, tmp_path: Path) -> No
         words += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    file = written(task, tmp_path / "whole")
-    began = time.monotonic()
+    file = written(task, tmp_path / "whole", max_steps=CAMPAIGN_STEPS)
     finish(tmp_path / "whole" / "run", file, words)
-    seconds = time.monotonic() - began
     killed, run = tmp_path / "killed" / "run.yaml", tmp_path / "killed" / "run"
     killed.write_text(file.read_text())
-    moments = random.Random(f"{task} {workers} {processes}")
-    kills, steps = 0, []
-    while kills < KILLS:
+    chance = random.Random(f"{task} {workers} {processes}")
+    for step in sorted(chance.sample(range(1, CAMPAIGN_STEPS - 20), KILLS)):
         process = start(run, killed, words)
-        try:
-            process.wait(timeout=moments.uniform(0.4, 1.0) * seconds)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            kills += 1
-            file_of_metrics = run / "metrics.jsonl"
-            rows = read_metrics(file_of_metrics) if file_of_metrics.is_file() else []
-            steps.append(max((row["step"] for row in rows), default=0))
-        else:
-            assert process.returncode == 0, (tmp_path / "killed/output.txt").read_text()[-3000:]
-            break  # it was done before its time
+        wait_for_step(run, step, process)
+        time.sleep(chance.uniform(0, 0.5))  # some steps, saves and a validation later
+        assert process.poll() is None, "it ended before it was killed"
+        kill(process)
     finish(run, killed, words)
     assert_same(run, tmp_path / "whole" / "run")
-    print(json.dumps({"task": task, "workers": workers, "processes": processes, "steps": steps}))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tx_lightning.data.errors import DataError
 from tx_lightning.data.sampler import (
     Plan,
     ShardSampler,
@@ -223,12 +224,17 @@ def test_without_reshuffling_all_epochs_are_alike() -> None:
 @given(lengths, st.integers(1, 4))
 def test_evaluation_neither_pads_nor_repeats(pairs: list[tuple[int, int]], world_size: int) -> None:
     source, target = arrays(pairs)
+    if len(pairs) < world_size:
+        with pytest.raises(DataError, match=f"{len(pairs)} examples to evaluate for {world_size} "):
+            ShardSampler(source, target, BUDGET, world_size=world_size)
+        return
     shards = [
         ShardSampler(source, target, BUDGET, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     shares = [list(shard) for shard in shards]
     assert [len(shard) for shard in shards] == [len(given) for given in shares]
+    assert all(shares), "Lightning would not evaluate on this rank, and the others would wait"
     flat = [i for given in shares for share in given for i in share.indices.tolist()]
     assert sorted(flat) == list(range(len(pairs)))
 

@@ -6,7 +6,8 @@ stays within a budget of tokens.
 Training: one global batch is one optimizer step, planned from (lengths, budget, seed, epoch) and
 nothing else. Its examples are dealt to world_size x accumulate micro-batches, so the steps of a run
 are the same on any number of processes. Evaluation: whole batches are dealt to the ranks, so that
-each batch, and each score to the last digit, is the same on any number of processes.
+each batch, and each score to the last digit, is the same on any number of processes, as long as
+there are as many batches as ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
+
+from tx_lightning.data.errors import DataError
 
 Lengths = npt.NDArray[np.integer[Any]]
 Indices = npt.NDArray[np.int64]
@@ -269,18 +272,34 @@ class TokenBatchSampler(StepSampler):
         return int(np.lexsort((widest, np.diff(plan.starts) * widest))[-1])
 
 
+def _cut_smaller(plan: Plan, n: int) -> Plan:
+    """The same examples in the same order, in n batches."""
+    if len(plan.order) < n:
+        raise DataError(
+            f"there are {len(plan.order)} examples to evaluate for {n} processes: give at least "
+            "one for each, or fewer processes"
+        )
+    return Plan(plan.order, np.arange(n + 1, dtype=np.int64) * len(plan.order) // n)
+
+
 class EvaluationSampler(Sampler[Share], ABC):
     """The batches of one rank in validation, test and prediction: nothing padded in or repeated.
 
-    Whole batches are dealt to the ranks; with fewer batches than ranks some ranks have none.
+    Whole batches are dealt to the ranks. Where there are fewer than ranks they are cut smaller: the
+    trainer does not evaluate on a rank that has none, and the others would wait for it for ever.
 
     Args:
         plan: All batches.
         rank: This process.
         world_size: Number of processes.
+
+    Raises:
+        DataError: When there are fewer examples than ranks.
     """
 
     def __init__(self, plan: Plan, *, rank: int = 0, world_size: int = 1) -> None:
+        if 0 < len(plan) < world_size:
+            plan = _cut_smaller(plan, world_size)
         self.plan = plan
         self.batches = range(rank, len(plan), world_size)
 
