@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from typing import Any
 
 import torch
@@ -97,11 +98,12 @@ class SignalAt(Callback):
 
 
 class KillAt(Callback):
-    """Kills the process at the moment that $KILL_AT names, as "validation:20".
+    """Kills the process at the moment that $KILL_AT names, as "validation:20"; $PAUSE slows it.
 
     `window:S` is between the micro-batches of step S, `epoch_end:E` after the last batch of epoch
     E, `validation:S` in the validation after step S, `saving:S` when half of a checkpoint of step S
-    is written.
+    is written; `crash:S` is no kill, but an error on the second process in step S. The pause is in
+    seconds, before each batch: time for a test to do something.
     """
 
     def __init__(self) -> None:
@@ -114,6 +116,9 @@ class KillAt(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        if trainer.global_rank == 1 and self._now("crash", trainer.global_step):
+            raise RuntimeError("crashed on purpose")
         inside = batch_idx % trainer.accumulate_grad_batches
         if inside and self._now("window", trainer.global_step):
             _die()

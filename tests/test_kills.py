@@ -165,6 +165,22 @@ def test_killed_at_the_hardest_moments(whole: tuple[Path, Path], tmp_path: Path)
     assert_same(run, whole[0])
 
 
+def test_a_crash_on_one_process_ends_all(tmp_path: Path) -> None:
+    """Within a minute, with the traceback of that process."""
+    file = written("LanguageModeling", tmp_path)
+    words = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    process = start(tmp_path / "run", file, words, kill_at="crash:4")
+    try:
+        status = process.wait(timeout=90)  # starting takes some of it
+    finally:
+        if process.poll() is None:
+            kill(process)
+    said = (tmp_path / "output.txt").read_text()
+    assert status != 0, said[-3000:]
+    assert "in on_train_batch_start" in said
+    assert "RuntimeError: crashed on purpose" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
