@@ -1,5 +1,5 @@
 # A fresh clone needs Python 3.10 or newer and make:
-#   make demo    train on the embedded language, about four minutes on two cores
+#   make demo    train on the embedded language, four to seven minutes on two cores
 #   make test    every test but the slow ones, which are make test-slow
 # Both create .venv with the versions of constraints.txt the first time, and again only after
 # pyproject.toml or constraints.txt changed. Another interpreter: make PYTHON=python3.12 test

@@ -3,12 +3,10 @@
 Shapes: B rows, T tokens.
 """
 
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,32 +15,35 @@ from torch.utils.data import Dataset
 
 from tx_lightning.data.batches import Batch, RowIds, padded, row_ids
 from tx_lightning.data.blocks import IGNORED
-from tx_lightning.data.errors import DataError, listed
+from tx_lightning.data.errors import DataError
 from tx_lightning.data.labelled_sources import LabelledSource
-from tx_lightning.data.module import Place, Record, TextData, check_at_least
+from tx_lightning.data.labels import (
+    LabelFile,
+    LabelSampler,
+    LabelShardSampler,
+    TooLong,
+    check_budget,
+    check_number,
+    tell_too_long,
+    unknown_label,
+)
+from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import (
-    Indices,
     Lengths,
-    ShardSampler,
     Share,
     StepSampler,
     TokenBatchSampler,
 )
 from tx_lightning.data.store import (
-    FORMAT,
-    CacheError,
     Counts,
     Encoded,
     Rows,
     Store,
     Texts,
-    build_once,
-    digest,
     write_records,
 )
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrainer
 
-TooLong = Literal["cut", "drop", "refuse"]
 TEXTS = ("text", "second")
 LABEL = "label"
 
@@ -164,96 +165,6 @@ def fitting(lengths: Sequence[int], most: int) -> list[int]:
         return [room]
     first = min(lengths[0], max(room - lengths[1], (room + 1) // 2))
     return [first, room - first]
-
-
-class LabelSampler(TokenBatchSampler):
-    """Training batches of rows of like length; the loss is divided by their labels.
-
-    Args:
-        lengths: Tokens of each row, special ones included.
-        labels: Labels of each row.
-        batch_tokens: Budget of a global batch: rows x longest.
-        seed: With the epoch, decides the order.
-        place: This process.
-    """
-
-    def __init__(
-        self, lengths: Lengths, labels: Lengths, batch_tokens: int, *, seed: int, place: Place
-    ) -> None:
-        super().__init__(
-            np.zeros_like(lengths),  # there is one side
-            lengths,
-            batch_tokens,
-            seed=seed,
-            rank=place.rank,
-            world_size=place.world_size,
-            accumulate=place.accumulate,
-            reshuffle=place.reshuffle,
-        )
-        self.labels = labels
-
-    def step_tokens(self, batch: Indices, epoch: int) -> int:
-        return int(self.labels[batch].sum())
-
-
-class LabelShardSampler(ShardSampler):
-    """Evaluation batches of rows of like length, from the longest to the shortest.
-
-    Args:
-        lengths: Tokens of each row, special ones included.
-        labels: Labels of each row.
-        batch_tokens: Budget of a batch: rows x longest. A longer row is a batch alone.
-        place: This process.
-    """
-
-    def __init__(
-        self, lengths: Lengths, labels: Lengths, batch_tokens: int, *, place: Place
-    ) -> None:
-        super().__init__(
-            np.zeros_like(lengths),
-            lengths,
-            batch_tokens,
-            rank=place.rank,
-            world_size=place.world_size,
-        )
-        self.labels = labels
-
-    def step_tokens(self, batch: Indices) -> int:
-        return int(self.labels[batch].sum())
-
-
-class LabelFile:
-    """The labels of a training split, in the cache.
-
-    Args:
-        cache: The cache folder.
-        fingerprint: Of the training split.
-    """
-
-    def __init__(self, cache: Path, fingerprint: str) -> None:
-        self.folder = cache / "labels" / digest({"format": FORMAT, "labels": fingerprint})
-
-    def make(self, collect: Callable[[], list[str]]) -> None:
-        """Collect the labels where they are not there yet."""
-
-        def build(folder: Path) -> None:
-            text = json.dumps(collect(), ensure_ascii=False, indent=1)
-            (folder / "labels.json").write_text(text, encoding="utf-8")
-
-        build_once(self.folder, build)
-
-    def read(self) -> list[str]:
-        """The labels.
-
-        Raises:
-            CacheError: They are not there, or damaged.
-        """
-        try:
-            labels = json.loads((self.folder / "labels.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CacheError.damaged(self.folder, error) from error
-        assert isinstance(labels, list)
-        return labels
 
 
 class ClassificationData(TextData[Store, ClassificationBatch]):
@@ -476,44 +387,6 @@ class ClassificationData(TextData[Store, ClassificationBatch]):
         return Share(np.array([index]), step_tokens=1, parts=1)
 
 
-def check_number(name: str, number: int, labels: list[str], called: str, *, learned: bool) -> None:
-    """Refuse another number of classes than there are labels.
-
-    Args:
-        name: The argument.
-        number: Its value.
-        labels: The labels.
-        called: labels or tags.
-        learned: Whether they are those of the training split, and not given ones.
-    """
-    if number == len(labels):
-        return
-    whose = "the training split has" if learned else "the pretrained classifier has"
-    raise DataError(
-        f"{name} is {number}, but {whose} {len(labels)} {called}: {listed(labels, '')}; set {name} "
-        f"to {len(labels)}"
-    )
-
-
-def unknown_label(
-    label: str, where: str, labels: list[str], called: str, *, learned: bool
-) -> DataError:
-    """The error of a label that is no class.
-
-    Args:
-        label: The label.
-        where: Where it stands.
-        labels: The known ones.
-        called: label or tag.
-        learned: Whether they are those of the training split, and not given ones.
-    """
-    known = "the training split has" if learned else "the pretrained classifier has"
-    return DataError(
-        f"{where}: there is no {called} {label!r}; {known} {listed(labels, label)}; mend it or "
-        "remove the example"
-    )
-
-
 def shortened(
     sides: list[Rows], max_length: int, too_long: TooLong, places: Sequence[str]
 ) -> Encoded:
@@ -560,20 +433,3 @@ def split_line(line: str, pairs: bool, where: str) -> list[str]:
             f"{where} has {len(texts) - 1} tabs; exactly one separates the two texts of a pair"
         )
     return texts
-
-
-def check_budget(batch_tokens: int, longest: int) -> None:
-    """Refuse a budget that the longest training row exceeds."""
-    if longest > batch_tokens:
-        raise DataError(
-            f"batch_tokens is {batch_tokens}, but the longest training example has {longest} "
-            "tokens; raise batch_tokens or lower max_length"
-        )
-
-
-def tell_too_long(split: str, counts: Counts, max_length: int, too_long: TooLong) -> None:
-    """Say what became of examples that were too long."""
-    policy = f"more than {max_length} tokens (max_length), too_long is {too_long}"
-    for number, done in ((counts.cut, "cut"), (counts.dropped.get("too_long", 0), "dropped")):
-        if number:
-            print(f"{split}: {number:,} {counts.unit} {done}: {policy}", file=sys.stderr)

@@ -17,14 +17,14 @@ from torch.utils.data import Dataset
 
 from tx_lightning.data.batches import Batch, padded, row_ids
 from tx_lightning.data.blocks import IGNORED
-from tx_lightning.data.classification import (
+from tx_lightning.data.classification import shortened
+from tx_lightning.data.labels import (
     LabelFile,
     LabelSampler,
     LabelShardSampler,
     TooLong,
     check_budget,
     check_number,
-    shortened,
     tell_too_long,
     unknown_label,
 )
