@@ -180,6 +180,16 @@ def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
     assert torch.equal(weights(folder / "checkpoints" / whole.name), weights(whole))
 
 
+def test_a_run_stopped_after_its_last_step_does_what_comes_at_the_end(base: str) -> None:
+    words = ["--trainer.max_steps", "20", "--trainer.max_epochs", "-1"]
+    assert main(["fit", "--config", base, *words]) == 0
+    (last,) = only_run().glob("checkpoints/*.ckpt")
+    interrupted = last.with_name("interrupted.ckpt")
+    interrupted.write_bytes(last.read_bytes())
+    assert main(["fit", "--resume", str(only_run())]) == 0
+    assert not interrupted.exists()
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(base: str) -> None:
     stop = {"class_path": "tests.stand_ins.SignalAt", "init_args": {"batch": 15, "name": "SIGKILL"}}
     overlay = config("stop", trainer={"callbacks": [stop]})

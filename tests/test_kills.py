@@ -59,7 +59,9 @@ def written(task: str, folder: Path, **trainer: Any) -> Path:
     return file
 
 
-def start(run: Path, file: Path, words: list[str], kill_at: str = "") -> subprocess.Popen[str]:
+def start(
+    run: Path, file: Path, words: list[str], *, kill_at: str = "", pause: float = 0.0
+) -> subprocess.Popen[str]:
     """Start the run in its folder, or go on with it where it has begun."""
     begun = (run / "config.yaml").is_file()
     place = ["--resume", str(run)] if begun else ["--trainer.default_root_dir", str(run)]
@@ -69,6 +71,7 @@ def start(run: Path, file: Path, words: list[str], kill_at: str = "") -> subproc
         "PYTHONPATH": str(ROOT),
         "WANDB_MODE": "disabled",
         "KILL_AT": kill_at,
+        "PAUSE": str(pause),
     }
     with (file.parent / "output.txt").open("a") as output:
         return subprocess.Popen(
@@ -197,7 +200,7 @@ def test_campaign(task: str, workers: int, processes: int, tmp_path: Path) -> No
     killed.write_text(file.read_text())
     chance = random.Random(f"{task} {workers} {processes}")
     for step in sorted(chance.sample(range(1, CAMPAIGN_STEPS - 20), KILLS)):
-        process = start(run, killed, words)
+        process = start(run, killed, words, pause=0.02)  # or it would be over before the kill
         wait_for_step(run, step, process)
         time.sleep(chance.uniform(0, 0.5))  # some steps, saves and a validation later
         assert process.poll() is None, "it ended before it was killed"

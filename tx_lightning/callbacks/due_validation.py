@@ -25,9 +25,9 @@ class DueValidation(Callback):
             loop.setup_data()
             if validation_is_due(trainer):
                 validate(trainer)
-            done = 0 <= loop.max_steps <= trainer.global_step
+            over = is_over(trainer)
             run()
-            if done:
+            if over:
                 loop.on_run_end()
 
         vars(loop)["run"] = catch_up_and_run
@@ -39,6 +39,14 @@ def validation_is_due(trainer: Trainer) -> bool:
     total: Any = loop.batch_progress.total
     before_the_end = total.completed == total.processed - 1  # saved in on_train_batch_end
     return before_the_end and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def is_over(trainer: Trainer) -> bool:
+    """Whether the restored state is that of a run which has taken all its steps or epochs."""
+    loop: Any = trainer.fit_loop
+    epochs = -1 if loop.max_epochs is None else loop.max_epochs
+    all_epochs = 0 <= epochs <= loop.epoch_progress.current.processed
+    return all_epochs or 0 <= loop.max_steps <= trainer.global_step
 
 
 def validate(trainer: Trainer) -> None:
