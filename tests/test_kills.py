@@ -141,7 +141,7 @@ def assert_equal(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
-MOMENTS = ("window:3", "epoch_end:1", "validation:20", "saving:26", "validation:40")
+MOMENTS = ("window:6", "epoch_end:1", "validation:20", "saving:26", "validation:40")
 
 
 @pytest.fixture(scope="module")

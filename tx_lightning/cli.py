@@ -301,7 +301,8 @@ class CommandLine(LightningCLI):
             if isinstance(logger, WandB):
                 logger.open_in(self.folder, self.verb or "build")
         trainer.callbacks.insert(0, RunRecord(self._plain(self.config), self.folder))
-        trainer.callbacks += [DueValidation(), GracefulStop(self.folder)]
+        trainer.callbacks.insert(0, DueValidation())
+        trainer.callbacks.append(GracefulStop(self.folder))
         if self.verb == "predict":
             trainer.callbacks.append(PredictionWriter(self.folder))
         assert isinstance(trainer, Trainer)

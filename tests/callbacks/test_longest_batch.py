@@ -27,6 +27,7 @@ def everything(task: Translation) -> list[Any]:
         torch.from_numpy(np.random.get_state(legacy=False)["state"]["key"].astype(np.int64)),  # noqa: NPY002
         [child.training for child in task.modules()],
         task._train_sums,
+        task._step_sums,
     ]
 
 

@@ -13,6 +13,9 @@ class DueValidation(Callback):
     the last step had been taken it returns at once, without the hooks of the end of training.
     """
 
+    def __init__(self) -> None:
+        self._resumed = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop
         run = loop.run
@@ -23,6 +26,7 @@ class DueValidation(Callback):
                 run()
                 return
             loop.setup_data()
+            self._resumed = True
             if validation_is_due(trainer):
                 validate(trainer)
             over = is_over(trainer)
@@ -31,6 +35,11 @@ class DueValidation(Callback):
                 loop.on_run_end()
 
         vars(loop)["run"] = catch_up_and_run
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._resumed:  # the loggers' count of steps, which Lightning restores off by one
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._resumed = False
 
 
 def validation_is_due(trainer: Trainer) -> bool:

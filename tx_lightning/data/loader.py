@@ -1,11 +1,10 @@
 """A loader of batches that Lightning can stop anywhere and resume exactly there."""
 
 from collections.abc import Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker
 from torch.utils.data import DataLoader
 
 from tx_lightning.data.batches import Batch, Batches, as_collated
@@ -108,22 +107,24 @@ class ResumableLoader(BatchLoader[B]):
     def state_dict(self) -> dict[str, int]:
         """Position in the order of training."""
         sampler = self.batch_sampler
-        return {"epoch": sampler.epoch, "steps": self._done().processed // sampler.accumulate}
+        steps, rest = divmod(self._progress().current.processed, sampler.accumulate)
+        return {"epoch": sampler.epoch, "steps": steps, "within": int(rest > 0)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the position; after the end of an epoch Lightning sets the next."""
-        sampler, done = self.batch_sampler, self._done()
+        sampler, progress = self.batch_sampler, self._progress()
         sampler.set_epoch(state["epoch"])
-        position = state["steps"] * sampler.accumulate
-        shift = position - done.processed  # Stopped within a step, or steps are split differently.
-        done.ready += shift
-        done.started += shift
-        done.processed += shift
-        done.completed += shift
-        sampler.start = position
+        position = sampler.start = state["steps"] * sampler.accumulate
+        if position == progress.current.processed:
+            return
+        # Stopped within a step, which is taken from its start, as if the checkpoint stood after the
+        # step before; or steps are split differently. Every step has `accumulate` micro-batches.
+        ended = state["within"] or progress.total.completed == progress.total.processed
+        everything = self._trainer.global_step * sampler.accumulate
+        for done, count in ((progress.current, position), (progress.total, everything)):
+            done.ready = done.started = done.processed = count
+            done.completed = count if ended else count - 1
 
-    def _done(self) -> _ProcessedTracker:
-        """The trainer's count of micro-batches in this epoch."""
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        assert isinstance(progress, _ProcessedTracker)
-        return progress
+    def _progress(self) -> Any:
+        """The trainer's counts of micro-batches: `current` of this epoch, `total` of all."""
+        return self._trainer.fit_loop.epoch_loop.batch_progress

@@ -70,7 +70,8 @@ class Task(LightningModule, Generic[B]):
         self.layer_decay = layer_decay
         self.tokenizers: Tokenizers | None = None
         self.settings: dict[str, Any] | None = None
-        self._train_sums: Tensor | None = None
+        self._train_sums: Tensor | None = None  # of whole steps since the last row of the log
+        self._step_sums: Tensor | None = None  # of this one
         self._grad_norm: Tensor | None = None
         freeze_parameters(network, freeze)
 
@@ -162,10 +163,10 @@ class Task(LightningModule, Generic[B]):
         number of parts and divided by the labels of all of them.
         """
         sums = self(batch)
-        if self._train_sums is None:
-            self._train_sums = torch.zeros(2, device=self.device)
-        self._train_sums[0] += sums.loss.detach()
-        self._train_sums[1] += batch.loss_tokens
+        if self._step_sums is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._step_sums = torch.zeros(2, device=self.device)
+        self._step_sums[0] += sums.loss.detach()
+        self._step_sums[1] += batch.loss_tokens
         loss: Tensor = sums.loss * (batch.parts / batch.step_tokens)
         return loss
 
@@ -192,6 +193,10 @@ class Task(LightningModule, Generic[B]):
         """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         step = self.trainer.global_step + 1  # the trainer counts it when this returns
+        if self._step_sums is not None:
+            before = self._train_sums
+            self._train_sums = self._step_sums if before is None else before + self._step_sums
+            self._step_sums = None
         if not self._logs_after(step) or self._train_sums is None or self._grad_norm is None:
             return
         loss, tokens = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum").tolist()
