@@ -51,6 +51,7 @@ def written(task: str, folder: Path, **trainer: Any) -> Path:
         "val_check_interval": 10,
         "accumulate_grad_batches": 2,
         "gradient_clip_val": 1.0,
+        "enable_progress_bar": True,  # a callback that must not see a hook before its time
         "logger": [{"class_path": "tx_lightning.loggers.WandB", "init_args": {"mode": "disabled"}}],
         **trainer,
     }

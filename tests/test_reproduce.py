@@ -11,20 +11,10 @@ import pytest
 import torch
 import yaml
 
+from tests.test_cli import BASE
 from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.provenance import differing, read_starts, repository_state
-
-BASE = {
-    "model": {"class_path": "tests.stand_ins.TinyTask", "init_args": {"lr": 0.05}},
-    "data": {"class_path": "tests.stand_ins.TinyData"},
-    "trainer": {
-        "max_epochs": 2,
-        "accelerator": "cpu",
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    },
-}
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,13 @@ from tx_lightning.runs import CHECKPOINTS, shown
 
 AVERAGED = "averaged"  # the entry that says what a checkpoint is the average of
 # What training goes on from has no average.
-_DROPPED = {"state_dict", "optimizer_states", "lr_schedulers", "callbacks", "loops", "metrics"} | {
+_DROPPED = {
+    "state_dict",
+    "optimizer_states",
+    "lr_schedulers",
+    "callbacks",
+    "loops",
+    "metrics",
     "metrics_size",
     "train_sums",
 }

@@ -172,6 +172,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     Raises:
         CheckpointError: When there are checkpoints and none of them loads.
     """
+    found, faults = resumable_checkpoints(folder)
+    if faults and not found:
+        raise CheckpointError(
+            f"none of the {len(faults)} checkpoints in {folder} can be loaded, so the run is not "
+            f"started again from the beginning; the last of them: {faults[-1]}"
+        )
+    for fault in faults:
+        print(f"passed over: {fault}", file=sys.stderr, flush=True)
+    return max(found)[2] if found else None
+
+
+def resumable_checkpoints(
+    folder: Path,
+) -> tuple[list[tuple[int, int, Path]], list[CheckpointError]]:
+    """The checkpoints below a folder from which training can go on, and what those are that fail.
+
+    Each as (step, time of writing, file).
+    """
     found: list[tuple[int, int, Path]] = []
     faults: list[CheckpointError] = []
     for path in sorted(p for p in folder.rglob("*.ckpt") if p.is_file() or p.is_symlink()):
@@ -182,14 +200,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         if "optimizer_states" in checkpoint:
             found.append((checkpoint["global_step"], path.stat().st_mtime_ns, path))
-    if faults and not found:
-        raise CheckpointError(
-            f"none of the {len(faults)} checkpoints in {folder} can be loaded, so the run is not "
-            f"started again from the beginning; the last of them: {faults[-1]}"
-        )
-    for fault in faults:
-        print(f"passed over: {fault}", file=sys.stderr, flush=True)
-    return max(found)[2] if found else None
+    return found, faults
 
 
 def write_atomically(checkpoint: Mapping[str, Any], path: str | Path) -> None:

@@ -447,11 +447,13 @@ class CommandLine(LightningCLI):
             print(f"after an interruption, go on with: {go_on}", flush=True)
             return
         size = 0
+        metrics = MetricsFile(self.folder)
         if self.checkpoint is None:
             print("no checkpoint was written yet: starting from the beginning", flush=True)
         else:
-            size = read_checkpoint(self.checkpoint, lazily=True)["metrics_size"]
-        MetricsFile(self.folder).rewind(size)
+            checkpoint = read_checkpoint(self.checkpoint, lazily=True)
+            size = checkpoint.get("metrics_size", metrics.size())  # older ones do not say
+        metrics.rewind(size)
 
 
 def _parser_options(run: bool) -> dict[str, Any]:

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from tx_lightning.callbacks.throughput import TIMINGS
-from tx_lightning.checkpoints import CheckpointError, read_checkpoint
-from tx_lightning.diagnosis import explain
+from tx_lightning.checkpoints import read_checkpoint, resumable_checkpoints
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.loggers import read_metrics
 from tx_lightning.provenance import FILE, differing, read_starts
 from tx_lightning.runs import CHECKPOINTS, CONFIG, METRICS, is_first_process, run_folder, shown
+from tx_lightning.text_verbs import parse_words
 
 _SHOWN = 10  # differences of the inputs that are listed
 _LONGEST = 60  # characters of a value in that list
@@ -40,11 +40,7 @@ def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
     if not words:
         parser.print_help()
         return 2
-    try:
-        options = parser.parse_args(list(words))
-    except ArgumentError as error:
-        raise ConfigurationError(explain(str(error), words, parser)) from error
-    run = Path(options.run)
+    run = Path(parse_words(parser, words).run)
     if not (run / CONFIG).is_file():
         raise ConfigurationError(f"{run} has no {CONFIG}, so it is no run folder")
     if not checkpoints(run):
@@ -123,16 +119,9 @@ def _equal(a: float | None, b: float | None) -> bool:
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The checkpoints of a run from which training can go on, by step; of two of a step, one."""
-    found: dict[int, Path] = {}
-    for path in sorted((run / CHECKPOINTS).rglob("*.ckpt")):
-        try:
-            checkpoint = read_checkpoint(path, lazily=True)
-        except CheckpointError:
-            continue
-        if "optimizer_states" in checkpoint:
-            found[checkpoint["global_step"]] = path
-    return found
+    """The checkpoints of a run from which training can go on, by step; of a step the newest."""
+    found, _ = resumable_checkpoints(run / CHECKPOINTS)
+    return {step: path for step, _, path in sorted(found)}
 
 
 def _compare_weights(run: Path, again: Path, report: Report) -> None:

@@ -1,4 +1,4 @@
-"""What was still to come after the checkpoint from which a run goes on."""
+"""The validation that was still to come after the checkpoint from which a run goes on."""
 
 from typing import Any
 
@@ -6,11 +6,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class DueValidation(Callback):
-    """When a run is resumed, does first what the interrupted run had left to do at that step.
+    """When a run is resumed, does first the validation that the interrupted run had left to do.
 
     A checkpoint that is saved after an optimizer step may stand before a validation that is due
-    there. Lightning takes that validation as done, so that its scores would be missing; and where
-    the last step had been taken it returns at once, without the hooks of the end of training.
+    there. Lightning takes that validation as done, so that its scores would be missing.
     """
 
     def __init__(self) -> None:
@@ -29,10 +28,7 @@ class DueValidation(Callback):
             self._resumed = True
             if validation_is_due(trainer):
                 validate(trainer)
-            over = is_over(trainer)
             run()
-            if over:
-                loop.on_run_end()
 
         vars(loop)["run"] = catch_up_and_run
 
@@ -48,14 +44,6 @@ def validation_is_due(trainer: Trainer) -> bool:
     total: Any = loop.batch_progress.total
     before_the_end = total.completed == total.processed - 1  # saved in on_train_batch_end
     return before_the_end and loop._should_check_val_fx(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
-
-
-def is_over(trainer: Trainer) -> bool:
-    """Whether the restored state is that of a run which has taken all its steps or epochs."""
-    loop: Any = trainer.fit_loop
-    epochs = -1 if loop.max_epochs is None else loop.max_epochs
-    all_epochs = 0 <= epochs <= loop.epoch_progress.current.processed
-    return all_epochs or 0 <= loop.max_steps <= trainer.global_step
 
 
 def validate(trainer: Trainer) -> None:

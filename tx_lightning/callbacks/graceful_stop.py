@@ -72,7 +72,7 @@ class GracefulStop(Callback):
         if trainer.state.fn == "fit":
             self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self.checkpoint.unlink(missing_ok=True)
 

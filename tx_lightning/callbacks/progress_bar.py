@@ -1,4 +1,4 @@
-"""Lightning's progress bar, without its cost."""
+"""Lightning's progress bar, which is otherwise drawn in every step."""
 
 import time
 from typing import Any
@@ -10,10 +10,7 @@ _INTERVAL = 0.1  # seconds
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar, drawn at most ten times a second in training, and at the end of an epoch.
-
-    Drawing costs as much as the rest of what the trainer does in a step.
-    """
+    """Lightning's bar, drawn at most ten times a second in training, and at the end of an epoch."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -119,7 +119,8 @@ class ResumableLoader(BatchLoader[B]):
             return
         # Stopped within a step, which is taken from its start, as if the checkpoint stood after the
         # step before; or steps are split differently. Every step has `accumulate` micro-batches.
-        ended = state["within"] or progress.total.completed == progress.total.processed
+        within = state.get("within", 0)  # older checkpoints do not say
+        ended = within or progress.total.completed == progress.total.processed
         everything = self._trainer.global_step * sampler.accumulate
         for done, count in ((progress.current, position), (progress.total, everything)):
             done.ready = done.started = done.processed = count

@@ -5,8 +5,8 @@ that has it; oneDNN, which torch also ships, does. `linear` therefore calls oneD
 has AVX-512, with the same float32 arithmetic (`benchmarks/kernels.py` measures both). Everywhere
 else (CUDA, autocast, other types, compiled code, other CPUs) it is `torch.nn.functional.linear`.
 
-On request (`set_matmul_precision`), float32 products are taken of bfloat16 factors, in half the
-time, on CPUs that have an instruction for it.
+On request (`set_matmul_precision`), float32 products are taken of bfloat16 factors, which is
+faster, on CPUs that have an instruction for it.
 
 Shapes: I inputs, O outputs.
 """
@@ -55,7 +55,7 @@ def set_matmul_precision(precision: MatmulPrecision, device: str) -> None:
     """
     global _rounded  # noqa: PLW0603  # of the process, as torch's own switch
     _rounded = device == "cpu" and precision == "medium" and _BFLOAT16
-    if device != "cpu":  # on CPUs torch's own switch makes its fused attention several times slower
+    if device != "cpu":  # on CPUs torch's own switch would also reach its fused attention
         torch.set_float32_matmul_precision(precision)
 
 

@@ -141,8 +141,8 @@ class Task(LightningModule, Generic[B]):
 
     def _take_train_sums(self, sums: list[float]) -> None:
         """Go on from the sums over all processes, which the first one has from now on."""
-        first = self.trainer.is_global_zero
-        self._train_sums = torch.tensor(sums if first else [0.0, 0.0], device=self.device)
+        first, device = self.trainer.is_global_zero, self.trainer.strategy.root_device
+        self._train_sums = torch.tensor(sums if first else [0.0, 0.0], device=device)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule."""
