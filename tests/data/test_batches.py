@@ -7,8 +7,9 @@ import torch
 from tx_lightning.data.batches import PairBatches, padded
 from tx_lightning.data.loader import BatchLoader
 from tx_lightning.data.sampler import ShardSampler, Share
-from tx_lightning.data.store import PairStore, write_pairs
+from tx_lightning.data.store import PairStore
 from tx_lightning.data.tokenizers import BOS, EOS, PAD, Characters, Tokenizers
+from tx_lightning.data.writing import write_pairs
 
 LETTERS = Characters().train(["a" * 9 + "b" * 8 + "c" * 7], 7)
 A, B, C = 4, 5, 6

@@ -18,9 +18,10 @@ from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.huggingface import HuggingFacePairs
 from tx_lightning.data.labelled_sources import HuggingFaceLabelled
 from tx_lightning.data.sources import TSV, DataError, JSONLines, ParallelSource, TextPairs
-from tx_lightning.data.store import PairFilter, PairStore, write_pairs
+from tx_lightning.data.store import PairStore
 from tx_lightning.data.text_sources import HuggingFaceTexts
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizers
+from tx_lightning.data.writing import PairFilter, write_pairs
 
 PAIRS = [("one", "eins"), ("", "zwei"), ("three  four", "")]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -15,17 +15,12 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
-from tx_lightning.data import store as store_module
-from tx_lightning.data.store import (
-    CacheError,
-    PairFilter,
-    PairStore,
-    Progress,
-    build_once,
-    store_key,
-    write_pairs,
-)
+from tx_lightning.data import writing
+from tx_lightning.data.cache import CacheError, Progress, build_once
+from tx_lightning.data.errors import DataError
+from tx_lightning.data.store import PairStore, store_key
 from tx_lightning.data.tokenizers import Characters, Tokenizer, Tokenizers, Words
+from tx_lightning.data.writing import PairFilter, write_pairs
 
 LETTERS = Characters().train(["abcdefgh ÄÖ☃"], 50)
 BOTH = Tokenizers(LETTERS, LETTERS)
@@ -47,7 +42,7 @@ def written(
 def test_a_store_gives_back_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(store_module, "CHUNK", chunk)
+    monkeypatch.setattr(writing, "CHUNK", chunk)
     store = written(tmp_path / "store")
     assert len(store) == len(PAIRS)
     for i, (source, target) in enumerate(PAIRS):
@@ -228,7 +223,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_build_is_cleared_away_and_done_again(tmp_path: Path) -> None:
     killed = (
         "import os, pathlib, signal, sys\n"
-        "from tx_lightning.data.store import build_once\n"
+        "from tx_lightning.data.cache import build_once\n"
         "def build(folder):\n"
         "    (folder / 'content').write_text('ha')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -244,12 +239,117 @@ def test_a_killed_build_is_cleared_away_and_done_again(tmp_path: Path) -> None:
     assert left_in(tmp_path) == {"key"}
 
 
+MANY = [(f"abc {i % 7 * 'd'}", i % 5 * "h") for i in range(50)]
+
+
+def interrupted_at(record: int, error: BaseException) -> Iterator[tuple[str, str]]:
+    for i, pair in enumerate(MANY):
+        if i == record:
+            raise error
+        yield pair
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_many(folder: Path, pairs: Iterator[tuple[str, str]]) -> None:
+    write_pairs(folder, pairs, BOTH, PairFilter(max_length=8))
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("record", [0, 1, 13, 49])
+def test_an_interrupted_writing_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: int, torn: bool
+) -> None:
+    monkeypatch.setattr(writing, "CHUNK", 4)
+    monkeypatch.setattr(writing, "NOTE_EVERY", 0.0)
+    (tmp_path / "whole").mkdir()
+    write_many(tmp_path / "whole", iter(MANY))
+    cache, begun = tmp_path / "cache", tmp_path / "cache" / "key.begun"
+
+    def stopped(folder: Path) -> None:
+        write_many(folder, interrupted_at(record, KeyboardInterrupt()))
+
+    with pytest.raises(KeyboardInterrupt):
+        build_once(cache / "key", stopped, resumable=True)
+    assert left_in(cache) == {"key.begun"}
+    noted = begun / "progress.json"
+    done = json.loads(noted.read_text())["done"] if noted.exists() else 0
+    assert done == max(0, record // 4 - 2) * 4  # two chunks are ahead
+    if torn:  # a machine that goes down leaves more, or half, of what was written after the note
+        with (begun / "target.ids").open("ab") as file:
+            file.write(b"half of it")
+    encoded: list[str] = []
+    real = Tokenizer.encode_batch
+
+    def counting(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return real(tokenizer, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tokenizer, "encode_batch", counting)
+        build_once(cache / "key", lambda folder: write_many(folder, iter(MANY)), resumable=True)
+    assert len(encoded) == 2 * (len(MANY) - done)
+    assert contents(cache / "key") == contents(tmp_path / "whole")
+    assert left_in(cache) == {"key"}
+
+
+def test_a_killed_writing_goes_on(tmp_path: Path) -> None:
+    killed = (
+        "import os, pathlib, signal, sys\n"
+        "from tests.data import test_store\n"
+        "from tx_lightning.data import cache, writing\n"
+        "writing.CHUNK, writing.NOTE_EVERY = 4, 0.0\n"
+        "def pairs():\n"
+        "    yield from test_store.MANY[:40]\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "cache.build_once(pathlib.Path(sys.argv[1]),\n"
+        "    lambda folder: test_store.write_many(folder, pairs()), resumable=True)\n"
+    )
+    folder = tmp_path / "key"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", killed, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == -9
+    assert json.loads((tmp_path / "key.begun" / "progress.json").read_text())["done"] == 32
+    build_once(folder, lambda temporary: write_many(temporary, iter(MANY)), resumable=True)
+    (tmp_path / "whole").mkdir()
+    write_many(tmp_path / "whole", iter(MANY))
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_wrong_data_leave_nothing_to_go_on_with(tmp_path: Path) -> None:
+    def refused(folder: Path) -> None:
+        write_many(folder, interrupted_at(9, DataError("not text")))
+
+    with pytest.raises(DataError, match="not text"):
+        build_once(tmp_path / "key", refused, resumable=True)
+    assert left_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("note", ["", "{", None])
+def test_without_a_whole_note_writing_begins_anew(tmp_path: Path, note: str | None) -> None:
+    begun = tmp_path / "key.begun"
+    begun.mkdir()
+    (begun / "source.ids").write_bytes(b"left")
+    if note is not None:
+        (begun / "progress.json").write_text(note)
+    build_once(tmp_path / "key", lambda folder: write_many(folder, iter(MANY)), resumable=True)
+    (tmp_path / "whole").mkdir()
+    write_many(tmp_path / "whole", iter(MANY))
+    assert contents(tmp_path / "key") == contents(tmp_path / "whole")
+
+
 def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """From now on the file of this name lies on a full disk."""
     real = Path.open
 
-    def full(path: Path, *args: Any) -> IO[Any]:
-        return real(Path("/dev/full") if path.name == name else path, *args)
+    def full(path: Path, *args: Any, **options: Any) -> IO[Any]:
+        return real(Path("/dev/full") if path.name == name else path, *args, **options)
 
     monkeypatch.setattr(Path, "open", full)
 

@@ -34,15 +34,9 @@ from tx_lightning.data.sampler import (
     StepSampler,
     TokenBatchSampler,
 )
-from tx_lightning.data.store import (
-    Counts,
-    Encoded,
-    Rows,
-    Store,
-    Texts,
-    write_records,
-)
+from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrainer
+from tx_lightning.data.writing import Encoded, Rows, Texts, write_records
 
 TEXTS = ("text", "second")
 LABEL = "label"
@@ -300,7 +294,6 @@ class ClassificationData(TextData[Store, ClassificationBatch]):
         tokenizer = self.tokenizers.source
         numbers = {label: number for number, label in enumerate(self.labels)}
         too_long = self._policy(split)
-        places: list[str] = []  # of the records of a chunk
 
         def labelled() -> Iterator[Record]:
             for *texts, label, where in self._unlabelled(records) if split is None else records:
@@ -308,14 +301,12 @@ class ClassificationData(TextData[Store, ClassificationBatch]):
                     raise unknown_label(
                         label, where, self.labels, "label", learned=self.given_labels is None
                     )
-                places.append(where)
-                yield (*texts, label)
+                yield (*texts, label, where)
 
         def encode(*columns: Texts) -> Encoded:
-            *texts, labels = columns
+            *texts, labels, places = columns
             sides = [tokenizer.encode_batch(side) for side in texts]
             encoded = shortened(sides, self.max_length, too_long, places)
-            places.clear()
             encoded.sides.append([[numbers[label]] if label else [] for label in labels])
             return encoded
 

@@ -8,10 +8,11 @@ from typing import Literal
 
 import numpy as np
 
+from tx_lightning.data.cache import CacheError, build_once
 from tx_lightning.data.errors import DataError, listed
 from tx_lightning.data.module import Place
 from tx_lightning.data.sampler import Indices, Lengths, ShardSampler, TokenBatchSampler
-from tx_lightning.data.store import FORMAT, CacheError, Counts, build_once, digest
+from tx_lightning.data.store import FORMAT, Counts, digest
 
 TooLong = Literal["cut", "drop", "refuse"]
 

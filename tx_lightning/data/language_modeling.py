@@ -11,9 +11,10 @@ from tx_lightning.data.errors import DataError
 from tx_lightning.data.loader import BatchLoader, LoadersInTurn
 from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import Share, StepSampler
-from tx_lightning.data.store import Counts, Encoded, Store, write_records
+from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.text_sources import TextSource
 from tx_lightning.data.tokenizers import ByteLevelBPE, TokenizerTrainer
+from tx_lightning.data.writing import Encoded, write_records
 
 TEXT = "text"
 _LEARNED = 4096  # characters of the pieces that a long document is learned from

@@ -10,22 +10,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from tx_lightning.data.batches import Batch, Batches
+from tx_lightning.data.cache import CacheError, Progress, build_once
 from tx_lightning.data.errors import DataError
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.folders import cache_folder
 from tx_lightning.data.loader import BatchLoader, ResumableLoader
 from tx_lightning.data.sampler import EvaluationSampler, Share, StepSampler
 from tx_lightning.data.sources import Source
-from tx_lightning.data.store import (
-    FORMAT,
-    SIDES,
-    CacheError,
-    Progress,
-    Store,
-    build_once,
-    digest,
-    store_key,
-)
+from tx_lightning.data.store import FORMAT, SIDES, Store, digest, store_key
 from tx_lightning.data.text import read_lines
 from tx_lightning.data.tokenizers import UNK, Tokenizers, TokenizerTrainer, check_capacity
 
@@ -369,7 +361,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
             progress = Progress(f"tokenizing {split}", unit=self.unit)
             self.write(folder, split, progress(self.records(split)))
 
-        build_once(self.store_folder(split), build)
+        build_once(self.store_folder(split), build, resumable=True)
 
     def _load_tokenizers(self) -> Tokenizers:
         tokenizers = self.given_tokenizers

@@ -16,9 +16,10 @@ from tx_lightning.data.errors import DataError
 from tx_lightning.data.language_modeling import pieces
 from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import Share, StepSampler, TokenBatchSampler
-from tx_lightning.data.store import Counts, Encoded, Store, write_records
+from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.text_sources import TextSource
 from tx_lightning.data.tokenizers import TokenizerTrainer
+from tx_lightning.data.writing import Encoded, write_records
 
 B = TypeVar("B", bound=Batch)
 

@@ -30,9 +30,10 @@ from tx_lightning.data.labels import (
 )
 from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import Lengths, Share, StepSampler, TokenBatchSampler
-from tx_lightning.data.store import Counts, Encoded, Rows, Store, Texts, write_records
+from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.tagged_sources import TaggedSource
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrainer
+from tx_lightning.data.writing import Encoded, Rows, Texts, write_records
 
 # The sides of a record: tokens of all words; for each token 1 + its tag, or 0 where it has none;
 # the number of tags.
@@ -246,7 +247,6 @@ class TaggingData(TextData[Store, TaggingBatch]):
         tokenizer = self.tokenizers.source
         numbers = {tag: number for number, tag in enumerate(self.labels)}
         too_long = self._policy(split)
-        places: list[str] = []  # of the records of a chunk
 
         def with_places() -> Iterator[Record]:
             for number, (words, tags, where) in enumerate(records, start=1):
@@ -255,10 +255,9 @@ class TaggingData(TextData[Store, TaggingBatch]):
                         raise unknown_label(
                             tag, where, self.labels, "tag", learned=self.given_labels is None
                         )
-                places.append(where or f"{self.predict_file}, line {number}")
-                yield words, tags, ""
+                yield words, tags, "", where or f"{self.predict_file}, line {number}"
 
-        def encode(words: Texts, tags: Texts, _: Texts) -> Encoded:
+        def encode(words: Texts, tags: Texts, _: Texts, places: Texts) -> Encoded:
             sentences = tokenizer.encode_words([words_of(text) for text in words])
             ids = [[i for word in sentence for i in word] for sentence in sentences]
             marks = [
@@ -266,7 +265,6 @@ class TaggingData(TextData[Store, TaggingBatch]):
                 for sentence, text in zip(sentences, tags, strict=True)
             ]
             encoded = shortened([ids], self.max_length, too_long, places)
-            places.clear()
             for row, of_row in zip(ids, marks, strict=True):
                 del of_row[len(row) :]
             encoded.sides += [marks, [[sum(mark > 0 for mark in row)] for row in marks]]

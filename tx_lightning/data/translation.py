@@ -12,8 +12,9 @@ from tx_lightning.data.errors import DataError
 from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import ShardSampler, Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.sources import ParallelSource
-from tx_lightning.data.store import PairFilter, PairStore, write_pairs
+from tx_lightning.data.store import PairStore
 from tx_lightning.data.tokenizers import ByteLevelBPE, TokenizerTrainer
+from tx_lightning.data.writing import PairFilter, write_pairs
 
 MOST_TOKENS = 10_000  # of a sentence in evaluation: attention is quadratic in them
 
