@@ -6,15 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tx_lightning.data import plans
 from tx_lightning.data.errors import DataError
-from tx_lightning.data.sampler import (
-    Plan,
-    ShardSampler,
-    Share,
-    TokenBatchSampler,
-    cut,
-    plan_batches,
-)
+from tx_lightning.data.plans import EpochPlan, LengthPlanner, cut
+from tx_lightning.data.sampler import ShardSampler, Share, TokenBatchSampler
 
 IntArray = npt.NDArray[np.int32]
 BUDGET = 64
@@ -26,6 +21,12 @@ def arrays(pairs: list[tuple[int, int]]) -> tuple[IntArray, IntArray]:
     return source, target
 
 
+def plan_batches(
+    source: IntArray, target: IntArray, budget: int, seed: int, epoch: int, pool: int = 2**22
+) -> EpochPlan:
+    return LengthPlanner(source, target, budget, pool=pool).epoch(seed, epoch)
+
+
 def corpus(n: int = 500) -> tuple[IntArray, IntArray]:
     random = np.random.default_rng(7)
     source = random.integers(1, 30, n).astype(np.int32)
@@ -33,7 +34,7 @@ def corpus(n: int = 500) -> tuple[IntArray, IntArray]:
     return source, target
 
 
-def batches_of(plan: Plan) -> list[list[int]]:
+def batches_of(plan: EpochPlan) -> list[list[int]]:
     return [plan[b].tolist() for b in range(len(plan))]
 
 
@@ -56,24 +57,24 @@ def real(shares: list[Share]) -> list[int]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths, st.integers(0, 3), st.integers(0, 3))
+@given(lengths, st.integers(0, 3), st.integers(0, 3), st.integers(1, 90))
 def test_a_plan_holds_every_pair_once_within_the_budget(
-    pairs: list[tuple[int, int]], seed: int, epoch: int
+    pairs: list[tuple[int, int]], seed: int, epoch: int, pool: int
 ) -> None:
     source, target = arrays(pairs)
-    batches = batches_of(plan_batches(source, target, BUDGET, seed, epoch))
+    batches = batches_of(plan_batches(source, target, BUDGET, seed, epoch, pool))
     assert sorted(i for batch in batches for i in batch) == list(range(len(pairs)))
     for batch in batches:
         assert len(batch) * max(source[batch].max(), target[batch].max()) <= BUDGET
 
 
 @settings(max_examples=100, deadline=None)
-@given(lengths, st.integers(0, 3))
+@given(lengths, st.integers(0, 3), st.integers(1, 90))
 def test_every_epoch_has_the_same_number_of_batches(
-    pairs: list[tuple[int, int]], seed: int
+    pairs: list[tuple[int, int]], seed: int, pool: int
 ) -> None:
     source, target = arrays(pairs)
-    assert len({len(plan_batches(source, target, BUDGET, seed, e)) for e in range(5)}) == 1
+    assert len({len(plan_batches(source, target, BUDGET, seed, e, pool)) for e in range(5)}) == 1
 
 
 def test_the_number_of_batches_does_not_hang_on_the_tie_break() -> None:
@@ -90,6 +91,43 @@ def test_epochs_and_seeds_differ_in_batches_and_in_their_order() -> None:
         other = batches_of(plan_batches(*corpus(), BUDGET, seed, epoch))
         assert [len(batch) for batch in first] != [len(batch) for batch in other]
         assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in other}
+
+
+def test_pools_mix_all_of_the_corpus_and_come_in_an_order_of_their_own() -> None:
+    source, target = corpus(20_000)
+    planner = LengthPlanner(source, target, BUDGET, pool=4096)
+    assert len(planner.n_batches) == 5
+    firsts = []
+    for epoch in range(4):
+        batches = batches_of(planner.epoch(0, epoch))
+        first = np.array(sorted(i for batch in batches[:100] for i in batch))
+        assert first.min() < 5 * 1024
+        assert first.max() > 15_000  # rows of a pool stand in runs all over the file
+        firsts.append(tuple(sorted({int(i) // 1024 % 5 for i in first})))
+    assert len(set(firsts)) > 1
+    assert all(len(pools) == 1 for pools in firsts)
+
+
+def test_a_step_can_be_asked_for_out_of_order() -> None:
+    planner = LengthPlanner(*corpus(), BUDGET, pool=100)
+    whole = batches_of(planner.epoch(1, 2))
+    plan = planner.epoch(1, 2)
+    for step in (len(whole) - 1, 0, len(whole) // 2, 1):
+        assert plan[step].tolist() == whole[step]
+
+
+@pytest.mark.parametrize("pool", [2**22, 100])
+def test_the_largest_batch_is_found(pool: int) -> None:
+    source, target = corpus()
+    source[17], target[17] = 29, 80  # a batch alone, and the largest
+    plan = plan_batches(source, target, BUDGET, 0, 3, pool)
+    assert plan[plan.largest()].tolist() == [17]
+
+
+def test_few_keys_and_many_are_ranked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = batches_of(plan_batches(*corpus(), BUDGET, 0, 0))
+    monkeypatch.setattr(plans, "_COUNTED", 0)
+    assert batches_of(plan_batches(*corpus(), BUDGET, 0, 0)) == counted
 
 
 def test_batches_are_not_in_the_order_of_length() -> None:

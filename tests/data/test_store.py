@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import gc
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 
+from tx_lightning.data import store as store_module
 from tx_lightning.data import writing
 from tx_lightning.data.cache import CacheError, Progress, build_once
 from tx_lightning.data.errors import DataError
@@ -85,6 +87,50 @@ def test_a_pickled_store_is_a_path(tmp_path: Path) -> None:
     message = pickle.dumps(store)
     assert len(message) < 500
     assert pickle.loads(message).target_text(2) == "Ö b  "
+
+
+def resident(folder: Path) -> int:
+    """Bytes of the files of a folder that this process has mapped and in memory."""
+    total, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(maxsplit=1)[0]:
+            counts = str(folder) in line
+        elif counts and line.startswith("Rss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
+def test_a_large_store_does_not_stay_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+    rows = [("abcdefgh" * (30 + i % 3), "h") for i in range(20_000)]
+    written(folder, rows)
+    size = (folder / "source.ids").stat().st_size
+
+    def read(store: PairStore) -> int:
+        assert sum(int(store.source(i).max()) for i in range(len(store))) > 0
+        assert store.row_lengths("source", extra=1).max() == 8 * 32 + 1
+        return resident(folder)
+
+    assert read(PairStore(folder)) > size
+    gc.collect()
+    assert resident(folder) == 0
+    monkeypatch.setattr(store_module, "LARGE", size)
+    assert read(PairStore(folder)) < size / 4
+
+
+def test_lengths_and_slices_are_those_of_the_rows(tmp_path: Path) -> None:
+    store = written(tmp_path / "store")
+    lengths = store.row_lengths("source", extra=1)
+    assert lengths[1:4].tolist() == [1, 3, 9]
+    assert lengths[np.array([4, 0])].tolist() == [1, 4]
+    assert (len(lengths), lengths.max()) == (len(PAIRS), 9)
+    slices = store.slices("source")
+    assert len(slices) == store.tokens["source"]
+    assert slices[3:13].tolist() == [*store.source(2).tolist(), *store.source(3).tolist()]
+    assert written(tmp_path / "empty", []).row_lengths("source").max() == 0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.errors import DataError
-from tx_lightning.data.sampler import EvaluationSampler, Indices, Plan, Share, StepSampler
+from tx_lightning.data.plans import Indices, Plan
+from tx_lightning.data.sampler import EvaluationSampler, Share, StepSampler
+from tx_lightning.data.store import Slices
 
 IGNORED = -1  # where nothing is predicted
 
@@ -111,7 +113,7 @@ class BlockBatches(Dataset[BlockBatch]):
 
     def __init__(
         self,
-        stream: npt.NDArray[Any],
+        stream: Slices | npt.NDArray[Any],
         length: int,
         eos_id: int,
         windows: Windows | None = None,

@@ -28,12 +28,8 @@ from tx_lightning.data.labels import (
     unknown_label,
 )
 from tx_lightning.data.module import Record, TextData, check_at_least
-from tx_lightning.data.sampler import (
-    Lengths,
-    Share,
-    StepSampler,
-    TokenBatchSampler,
-)
+from tx_lightning.data.plans import Lengths
+from tx_lightning.data.sampler import Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrainer
 from tx_lightning.data.writing import Encoded, Rows, Texts, write_records

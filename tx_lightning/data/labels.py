@@ -11,7 +11,8 @@ import numpy as np
 from tx_lightning.data.cache import CacheError, build_once
 from tx_lightning.data.errors import DataError, listed
 from tx_lightning.data.module import Place
-from tx_lightning.data.sampler import Indices, Lengths, ShardSampler, TokenBatchSampler
+from tx_lightning.data.plans import Indices, Lengths
+from tx_lightning.data.sampler import ShardSampler, TokenBatchSampler
 from tx_lightning.data.store import FORMAT, Counts, digest
 
 TooLong = Literal["cut", "drop", "refuse"]

@@ -117,7 +117,7 @@ class LanguageModelingData(TextData[Store, BlockBatch]):
         return {"after_each": "eos"}
 
     def train_batches(self) -> BlockBatches:
-        return BlockBatches(self.train_store.stream(TEXT), self.block_length, self._eos_id())
+        return BlockBatches(self.train_store.slices(TEXT), self.block_length, self._eos_id())
 
     def evaluation_batches(self, store: Store) -> BlockBatches:
         return self._window_batches(store, self._side_by_side(store))
@@ -190,7 +190,7 @@ class LanguageModelingData(TextData[Store, BlockBatch]):
         return Windows.side_by_side(store.tokens[TEXT], self.block_length)
 
     def _window_batches(self, store: Store, windows: Windows) -> BlockBatches:
-        return BlockBatches(store.stream(TEXT), self.block_length, self._eos_id(), windows)
+        return BlockBatches(store.slices(TEXT), self.block_length, self._eos_id(), windows)
 
     def _window_sampler(self, windows: Windows) -> WindowSampler:
         place = self.place()

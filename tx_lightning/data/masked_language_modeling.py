@@ -13,13 +13,8 @@ from torch.utils.data import Dataset
 from tx_lightning.data.batches import Batch, row_ids
 from tx_lightning.data.blocks import IGNORED
 from tx_lightning.data.masking import Masker, Masking
-from tx_lightning.data.sampler import (
-    EvaluationSampler,
-    Indices,
-    ShardSampler,
-    Share,
-    TokenBatchSampler,
-)
+from tx_lightning.data.plans import Indices
+from tx_lightning.data.sampler import EvaluationSampler, ShardSampler, Share, TokenBatchSampler
 from tx_lightning.data.segments import AROUND, EVALUATION_SEED, SegmentData, Segments
 from tx_lightning.data.store import Store
 from tx_lightning.data.text_sources import TextSource

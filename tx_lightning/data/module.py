@@ -118,6 +118,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         self.seed = seed
         self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
         self.given_tokenizers: Tokenizers | None = None
+        self._planned: tuple[tuple[S, Place], StepSampler] | None = None
         self.statistics: dict[str, int | float | str] = {}
 
     # What a task's data decide.
@@ -231,7 +232,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     def train_dataloader(self) -> BatchLoader[B]:
         """Micro-batches of this rank; the order is that of (seed, epoch)."""
-        data, sampler = self.train_batches(), self.train_sampler()
+        data, sampler = self.train_batches(), self._planned_sampler()
         if self.trainer is None:
             return BatchLoader(data, sampler, num_workers=self.num_workers, pin_memory=False)
         return ResumableLoader(
@@ -264,8 +265,15 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
         Running it first shows at once whether memory suffices.
         """
-        sampler = self.train_sampler()
+        sampler = self._planned_sampler()
         return self.train_batches().__getitems__(sampler.share(self.largest_step(sampler), turn=0))
+
+    def _planned_sampler(self) -> StepSampler:
+        """The sampler of this rank, made once, since planning takes time."""
+        key = (self.train_store, self.place())
+        if self._planned is None or self._planned[0] != key:
+            self._planned = key, self.train_sampler()
+        return self._planned[1]
 
     def example(self, index: int, store: S | None = None) -> B:
         """An example of a store, of validation where None, as a batch of its own."""

@@ -1,7 +1,4 @@
-"""Which sentence pairs make a batch, in which order, on which rank: a pure function of lengths.
-
-Lengths here count EOS. A batch of n pairs costs n x the longest side in it, padding included, and
-stays within a budget of tokens.
+"""Which batches a process computes, in training and in evaluation.
 
 Training: one global batch is one optimizer step, planned from (lengths, budget, seed, epoch) and
 nothing else. Its examples are dealt to world_size x accumulate micro-batches, so the steps of a run
@@ -13,37 +10,21 @@ there are as many batches as ranks.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
 from tx_lightning.data.errors import DataError
-
-Lengths = npt.NDArray[np.integer[Any]]
-Indices = npt.NDArray[np.int64]
-
-_GRAIN = 4  # source lengths are sorted in steps of this many tokens
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Batches of pairs: batch b holds `order[starts[b]:starts[b + 1]]`.
-
-    Args:
-        order: Each pair's position in the store once, batch after batch.
-        starts: Where each batch starts in `order`, and the end of the last.
-    """
-
-    order: Indices
-    starts: Indices
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, batch: int) -> Indices:
-        return self.order[self.starts[batch] : self.starts[batch + 1]]
+from tx_lightning.data.plans import (
+    EpochBatches,
+    EpochPlan,
+    Indices,
+    LengthPlanner,
+    Lengths,
+    Plan,
+    RowLengths,
+    cut,
+)
 
 
 @dataclass(frozen=True)
@@ -64,73 +45,6 @@ class Share:
     parts: int
     real: bool = True
     epoch: int = 0
-
-
-def plan_batches(
-    source_lengths: Lengths, target_lengths: Lengths, batch_tokens: int, seed: int, epoch: int
-) -> Plan:
-    """The global batches of one epoch, in training order; every pair exactly once.
-
-    Pairs are sorted by target length, then roughly by source length; ties are broken at random, and
-    then the batches are shuffled. Every epoch has the same number of batches, because the sequence
-    of sort keys is the same and the cuts see nothing but the keys.
-
-    Args:
-        source_lengths: Source tokens of each pair, EOS included.
-        target_lengths: Target tokens of each pair, EOS included.
-        batch_tokens: Budget of a batch: pairs x longest side. A longer pair is a batch alone.
-        seed: With `epoch`, decides the order.
-        epoch: Counts from 0.
-    """
-    random = np.random.default_rng([seed, epoch])
-    coarse = source_lengths.astype(np.int64) // _GRAIN
-    ranks = _ranks(target_lengths.astype(np.int64) * (int(coarse.max(initial=0)) + 1) + coarse)
-    shuffled = random.permutation(len(ranks))
-    order = shuffled[np.argsort(ranks[shuffled], kind="stable")]
-    # Upper bound of the cost over all pairs of a key, so that no cut depends on the tie-break.
-    cost = np.maximum(target_lengths[order], coarse[order] * _GRAIN + _GRAIN - 1)
-    starts = cut(cost, batch_tokens)
-    batches = random.permutation(len(starts) - 1)
-    return _reorder(order, starts, batches)
-
-
-def _ranks(keys: Indices) -> npt.NDArray[Any]:
-    """Keys replaced by their rank, in 16 bits when that is enough: numpy then sorts in O(n)."""
-    values, ranks = np.unique(keys, return_inverse=True)
-    return ranks.astype(np.uint16) if len(values) <= 2**16 else ranks
-
-
-def cut(cost: Lengths, budget: int) -> Indices:
-    """Cut a sequence greedily where rows x the largest cost since the last cut exceeds a budget.
-
-    Args:
-        cost: Tokens of each row.
-        budget: Largest rows x cost of a batch; a single row may exceed it.
-
-    Returns:
-        Where each batch starts, and the length of the sequence.
-    """
-    starts = [0]
-    while starts[-1] < len(cost):
-        start = starts[-1]
-        # No batch of this first row has more rows than `most`.
-        most = max(1, budget // max(1, int(cost[start])))
-        widest = np.maximum.accumulate(cost[start : start + most])
-        fits = widest * np.arange(1, len(widest) + 1) <= budget
-        rows = len(fits) if fits.all() else int(np.argmin(fits))
-        starts.append(start + max(1, rows))
-    return np.array(starts, dtype=np.int64)
-
-
-def _reorder(order: Indices, starts: Indices, batches: Indices) -> Plan:
-    """Put whole batches into another order."""
-    sizes = np.diff(starts)[batches]
-    ends = np.cumsum(sizes)
-    within = np.arange(len(order)) - np.repeat(ends - sizes, sizes)
-    return Plan(
-        order=order[np.repeat(starts[:-1][batches], sizes) + within],
-        starts=np.concatenate([np.zeros(1, dtype=np.int64), ends]),
-    )
 
 
 class StepSampler(Sampler[Share], ABC):
@@ -167,10 +81,10 @@ class StepSampler(Sampler[Share], ABC):
         self.reshuffle = reshuffle
         self.epoch = 0
         self.start = 0
-        self._plan: tuple[int, Plan] | None = None
+        self._plan: tuple[int, EpochBatches] | None = None
 
     @abstractmethod
-    def plan_epoch(self, epoch: int) -> Plan:
+    def plan_epoch(self, epoch: int) -> EpochBatches:
         """The global batches of an epoch, equally many in each; a function of seed and epoch."""
 
     @abstractmethod
@@ -188,7 +102,7 @@ class StepSampler(Sampler[Share], ABC):
             self.start = 0
         self.epoch = epoch
 
-    def plan(self) -> Plan:
+    def plan(self) -> EpochBatches:
         """The global batches of the current epoch."""
         epoch = self._ordering_epoch()
         if self._plan is None or self._plan[0] != epoch:
@@ -236,8 +150,8 @@ class TokenBatchSampler(StepSampler):
 
     def __init__(
         self,
-        source_lengths: Lengths,
-        target_lengths: Lengths,
+        source_lengths: RowLengths,
+        target_lengths: RowLengths,
         batch_tokens: int,
         *,
         seed: int,
@@ -253,13 +167,11 @@ class TokenBatchSampler(StepSampler):
             accumulate=accumulate,
             reshuffle=reshuffle,
         )
-        self.source_lengths = source_lengths
         self.target_lengths = target_lengths
-        self.batch_tokens = batch_tokens
+        self.planner = LengthPlanner(source_lengths, target_lengths, batch_tokens)
 
-    def plan_epoch(self, epoch: int) -> Plan:
-        lengths = (self.source_lengths, self.target_lengths)
-        return plan_batches(*lengths, self.batch_tokens, self.seed, epoch)
+    def plan_epoch(self, epoch: int) -> EpochPlan:
+        return self.planner.epoch(self.seed, epoch)
 
     def step_tokens(self, batch: Indices, epoch: int) -> int:
         return int(self.target_lengths[batch].sum())
@@ -267,9 +179,8 @@ class TokenBatchSampler(StepSampler):
     def largest(self) -> int:
         """The step whose batch has the most tokens, padding included, in the current epoch."""
         plan = self.plan()
-        widths = np.maximum(self.source_lengths, self.target_lengths)[plan.order]
-        widest = np.maximum.reduceat(widths, plan.starts[:-1])
-        return int(np.lexsort((widest, np.diff(plan.starts) * widest))[-1])
+        assert isinstance(plan, EpochPlan)
+        return plan.largest()
 
 
 def _cut_smaller(plan: Plan, n: int) -> Plan:

@@ -42,7 +42,7 @@ class Segments:
     def __init__(self, store: Store, length: int) -> None:
         self.store = store
         self.length = length
-        self._stream = store.stream(TEXT)
+        self._stream = store.slices(TEXT)
         whole = store.lengths(TEXT).astype(np.int64)
         n_parts = -(-whole // length)
         ends = np.cumsum(n_parts)

@@ -10,6 +10,7 @@ words of a sentence and their tags. A stream of documents is the ids of one side
 import hashlib
 import json
 from dataclasses import dataclass, field
+from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ Array = npt.NDArray[Any]
 
 FORMAT = 2
 SIDES = ("source", "target")
+LARGE = 2**28  # bytes of a store that should not all stay in the memory of the process
+_READS = 1024  # each touches some tens of KiB, since the system maps pages in groups
+_PART = 2**20
 
 
 @dataclass
@@ -78,13 +82,21 @@ class Store:
             self.bytes: dict[str, int] = meta["text_bytes"]
         except (OSError, ValueError, KeyError) as error:
             raise CacheError.damaged(folder, error) from error
-        self._ids = {side: _map(folder / f"{side}.ids", meta["dtype"]) for side in self.tokens}
-        self._starts = {side: _map(folder / f"{side}.starts", "int64") for side in self.tokens}
+        self._maps: list[mmap] = []
+        self._reads = 0  # since pages were given back
+        self._is_large = sum(meta["bytes"].values()) > LARGE
+        self._ids = {side: self._map(f"{side}.ids", meta["dtype"]) for side in self.tokens}
+        self._starts = {side: self._map(f"{side}.starts", "int64") for side in self.tokens}
         with_text = [side for side in self.tokens if (folder / f"{side}.text").exists()]
-        self._text = {side: _map(folder / f"{side}.text", "uint8") for side in with_text}
-        self._text_starts = {
-            side: _map(folder / f"{side}.text_starts", "int64") for side in with_text
-        }
+        self._text = {side: self._map(f"{side}.text", "uint8") for side in with_text}
+        self._text_starts = {side: self._map(f"{side}.text_starts", "int64") for side in with_text}
+
+    def _map(self, name: str, dtype: str) -> Array:
+        if (self.folder / name).stat().st_size == 0:  # Nothing cannot be mapped.
+            return np.empty(0, dtype=dtype)
+        with (self.folder / name).open("rb") as file:
+            self._maps.append(mmap(file.fileno(), 0, access=ACCESS_READ))
+        return np.frombuffer(self._maps[-1], dtype=dtype)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return type(self), (self.folder,)
@@ -99,20 +111,96 @@ class Store:
 
     def ids(self, side: str, i: int) -> Array:
         """The ids of record i on a side."""
+        self._count(1)
         return self._ids[side][slice(*self._starts[side][i : i + 2])]
 
     def text(self, side: str, i: int) -> str:
         """The untouched text of record i on a side."""
+        self._count(1)
         start, end = self._text_starts[side][i : i + 2]
         return self._text[side][start:end].tobytes().decode("utf-8")
 
     def lengths(self, side: str) -> npt.NDArray[np.int32]:
         """The number of ids of each record on a side."""
-        return np.diff(self._starts[side]).astype(np.int32)
+        return self.row_lengths(side)[:]
+
+    def row_lengths(self, side: str, extra: int = 0) -> "StoredLengths":
+        """The same, read when it is asked for.
+
+        Args:
+            side: The side.
+            extra: Is added to each.
+        """
+        return StoredLengths(self, side, extra)
 
     def stream(self, side: str) -> Array:
-        """The ids of all records of a side, end to end."""
+        """The ids of all records of a side, end to end, as one array."""
         return self._ids[side]
+
+    def slices(self, side: str) -> "Slices":
+        """Parts of that array, read when they are asked for."""
+        return Slices(self, side)
+
+    def _count(self, reads: int) -> None:
+        """Pages that were read stay in memory; of a large store, give them back now and then.
+
+        They stay in the memory that the system lends to files, where they cost nobody anything.
+        """
+        self._reads += reads
+        if self._reads >= _READS and self._is_large:
+            self._reads = 0
+            for mapped in self._maps:
+                mapped.madvise(MADV_DONTNEED)
+
+
+class StoredLengths:
+    """The number of ids of each record on a side, read from the files when it is asked for.
+
+    Args:
+        store: The records.
+        side: The side.
+        extra: Is added to each.
+    """
+
+    def __init__(self, store: Store, side: str, extra: int) -> None:
+        self.store = store
+        self.side = side
+        self.extra = extra
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, rows: slice | Array) -> npt.NDArray[np.int32]:
+        starts = self.store._starts[self.side]
+        lengths = (starts[1:][rows] - starts[:-1][rows]).astype(np.int32)
+        self.store._count(len(lengths))
+        lengths += self.extra
+        return lengths
+
+    def max(self) -> int:
+        """The largest; 0 where there are none."""
+        parts = range(0, len(self), _PART)
+        return max((int(self[start : start + _PART].max()) for start in parts), default=0)
+
+
+class Slices:
+    """Parts of the ids of all records of a side, end to end, read when they are asked for.
+
+    Args:
+        store: The records.
+        side: The side.
+    """
+
+    def __init__(self, store: Store, side: str) -> None:
+        self.store = store
+        self.side = side
+
+    def __len__(self) -> int:
+        return len(self.store._ids[self.side])
+
+    def __getitem__(self, place: slice) -> Array:
+        self.store._count(1)
+        return self.store._ids[self.side][place]
 
 
 class PairStore(Store):
@@ -143,12 +231,6 @@ class PairStore(Store):
     def target_lengths(self) -> npt.NDArray[np.int32]:
         """Target tokens of each pair, without BOS and EOS."""
         return self.lengths("target")
-
-
-def _map(path: Path, dtype: str) -> Array:
-    if path.stat().st_size == 0:  # Nothing cannot be mapped.
-        return np.empty(0, dtype=dtype)
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def digest(settings: dict[str, Any]) -> str:

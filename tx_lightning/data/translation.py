@@ -12,7 +12,7 @@ from tx_lightning.data.errors import DataError
 from tx_lightning.data.module import Record, TextData, check_at_least
 from tx_lightning.data.sampler import ShardSampler, Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.sources import ParallelSource
-from tx_lightning.data.store import PairStore
+from tx_lightning.data.store import SIDES, PairStore
 from tx_lightning.data.tokenizers import ByteLevelBPE, TokenizerTrainer
 from tx_lightning.data.writing import PairFilter, write_pairs
 
@@ -132,8 +132,8 @@ class TranslationData(TextData[PairStore, TranslationBatch]):
     def train_sampler(self) -> TokenBatchSampler:
         place = self.place()
         return TokenBatchSampler(
-            self.train_store.source_lengths + 1,
-            self.train_store.target_lengths + 1,
+            self.train_store.row_lengths("source", extra=1),
+            self.train_store.row_lengths("target", extra=1),
             self.batch_tokens,
             seed=self.seed,
             rank=place.rank,
@@ -168,7 +168,7 @@ class TranslationData(TextData[PairStore, TranslationBatch]):
                 _check_lengths(name, store)
 
     def _check_budget(self, store: PairStore) -> None:
-        longest = 1 + max(int(store.source_lengths.max()), int(store.target_lengths.max()))
+        longest = max(store.row_lengths(side, extra=1).max() for side in SIDES)
         if longest > self.batch_tokens:
             raise DataError(
                 f"batch_tokens is {self.batch_tokens}, but the longest training pair has {longest} "
