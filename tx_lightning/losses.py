@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tx_lightning.nn.linear import matmul_transposed
+from tx_lightning.nn.linear import ROWS, matmul_transposed, outer_sum
 
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 _CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -79,6 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h, w = hidden.to(dtype), weight.to(dtype)
         b = None if bias is None else bias.to(dtype)
         rows = max(1, _CHUNK_LOGITS.get(device, 1 << 27) // weight.shape[0])
+        rows -= rows % ROWS if rows > ROWS else 0
         uniform = label_smoothing / weight.shape[0]
         needs_grad = any(ctx.needs_input_grad[:3])
         wide = torch.promote_types(h.dtype, torch.float32)
@@ -103,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_b += p.sum(0)
                 p = p.to(h.dtype)
                 grad_h[part] = _matmul_transposed(p, w.t())
-                grad_w += _matmul_transposed(h[part].t(), p.t()).t()
+                grad_w += _outer_sum(p, h[part])
             if grad_h is not None and grad_w is not None and label_smoothing:
                 grad_h -= uniform * w.sum(0)
                 grad_w -= uniform * h.sum(0, dtype=wide)
@@ -139,3 +140,9 @@ def _matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu" and a.dtype == torch.float32:
         return matmul_transposed(a, b)
     return a @ b.t()
+
+
+def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
+    if a.device.type == "cpu" and a.dtype == torch.float32:
+        return outer_sum(a, b)
+    return a.t() @ b

@@ -15,10 +15,14 @@ from tx_lightning.nn.linear import (
     MatmulPrecision,
     linear,
     matmul_transposed,
+    outer_sum,
     set_matmul_precision,
 )
 
-SHAPES = [(6,), (5, 6), (1, 6), (2, 3, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6)]
+SHAPES = [(6,), (5, 6), (1, 6), (2, 3, 6), (2, 3, 4, 6), (0, 6), (2, 0, 6), (64, 6), (2, 32, 2, 6)]
+needs_onednn = pytest.mark.skipif(
+    not module._has_onednn(), reason="torch has no oneDNN for AVX-512"
+)
 
 
 def run(
@@ -34,6 +38,12 @@ def run(
     return [y, *torch.autograd.grad((y * factors).sum(), inputs)]
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["mkl", "onednn"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor of Intel's, and on one of AMD's."""
+    monkeypatch.setattr(module, "_ONEDNN", request.param)
+
+
 @pytest.fixture
 def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calling the oneDNN product becomes an error."""
@@ -42,7 +52,7 @@ def no_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
+def test_equals_torch(shape: tuple[int, ...], bias: bool, kernel: None) -> None:
     x, weight = torch.randn(shape), torch.randn(7, 6)
     b = torch.randn(7) if bias else None
     torch.testing.assert_close(run(linear, x, weight, b), run(F.linear, x, weight, b))
@@ -50,51 +60,63 @@ def test_equals_torch(shape: tuple[int, ...], bias: bool) -> None:
 
 @pytest.mark.parametrize(
     "x",
-    [torch.randn(3, 6, 2).transpose(1, 2), torch.randn(4, 12)[:, ::2], torch.randn(6).expand(4, 6)],
+    [
+        torch.randn(32, 6, 2).transpose(1, 2),
+        torch.randn(64, 12)[:, ::2],
+        torch.randn(6).expand(64, 6),
+    ],
     ids=["transposed", "strided", "expanded"],
 )
-def test_equals_torch_on_input_that_is_not_contiguous(x: Tensor) -> None:
+def test_equals_torch_on_input_that_is_not_contiguous(x: Tensor, kernel: None) -> None:
     weight, bias = torch.randn(12, 6)[::2], torch.randn(6)
     torch.testing.assert_close(run(linear, x, weight, bias), run(F.linear, x, weight, bias))
 
 
-def test_gradient_that_is_not_contiguous() -> None:
-    x, weight = torch.randn(4, 6), torch.randn(7, 6)
-    grad = torch.ones(1).expand(4, 7)  # what .sum() sends back
+@pytest.mark.parametrize("rows", [4, 64])
+def test_gradient_that_is_not_contiguous(rows: int, kernel: None) -> None:
+    x, weight = torch.randn(rows, 6), torch.randn(7, 6)
+    grad = torch.ones(1).expand(rows, 7)  # what .sum() sends back
     for function in (linear, F.linear):
         a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
         function(a, w).backward(grad)
         assert a.grad is not None
         assert w.grad is not None
-        torch.testing.assert_close(a.grad, weight.sum(0).expand(4, 6))
+        torch.testing.assert_close(a.grad, weight.sum(0).expand(rows, 6))
         torch.testing.assert_close(w.grad, x.sum(0).expand(7, 6))
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
-def test_frozen_inputs_get_no_gradient(frozen: str) -> None:
-    tensors = {"x": torch.randn(4, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
+def test_frozen_inputs_get_no_gradient(frozen: str, kernel: None) -> None:
+    tensors = {"x": torch.randn(64, 6), "weight": torch.randn(7, 6), "bias": torch.randn(7)}
     for name, tensor in tensors.items():
         tensor.requires_grad_(name != frozen)
     linear(**tensors).square().sum().backward()
     assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
 
 
-@pytest.mark.skipif(not module._ONEDNN, reason="this CPU has no AVX-512")
-def test_float32_takes_the_fast_path(no_onednn: None) -> None:
+@needs_onednn
+def test_onednn_is_called_for_few_numbers_of_rows(
+    monkeypatch: pytest.MonkeyPatch, no_onednn: None
+) -> None:
+    """It keeps a kernel for each shape, half a MiB."""
+    monkeypatch.setattr(module, "_ONEDNN", True)
+    weight = torch.randn(7, 6)
     with pytest.raises(AttributeError):
-        linear(torch.randn(4, 6), torch.randn(7, 6))
+        linear(torch.randn(2, 32, 6), weight)
+    x = torch.randn(65, 6)
+    torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_fall_back(dtype: torch.dtype, no_onednn: None) -> None:
-    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((4, 6), (7, 6), (7,)))
+    x, weight, bias = (torch.randn(s, dtype=dtype) for s in ((64, 6), (7, 6), (7,)))
     ours, theirs = run(linear, x, weight, bias), run(F.linear, x, weight, bias)
     assert ours[0].dtype == dtype
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_autocast_falls_back(no_onednn: None) -> None:
-    x, weight = torch.randn(4, 6), torch.randn(7, 6)
+    x, weight = torch.randn(64, 6), torch.randn(7, 6)
     with torch.autocast("cpu", torch.bfloat16):
         y = linear(x, weight)
     assert y.dtype == torch.bfloat16
@@ -103,16 +125,24 @@ def test_autocast_falls_back(no_onednn: None) -> None:
 
 def test_cpus_without_onednn_fall_back(monkeypatch: pytest.MonkeyPatch, no_onednn: None) -> None:
     monkeypatch.setattr(module, "_ONEDNN", False)
-    a, b = torch.randn(4, 6), torch.randn(7, 6)
+    a, b = torch.randn(64, 6), torch.randn(7, 6)
     torch.testing.assert_close(linear(a, b), a @ b.t())
     torch.testing.assert_close(matmul_transposed(a, b), a @ b.t())
 
 
+@pytest.mark.parametrize("rows", [4, 128])
 @pytest.mark.parametrize("grad", [True, False])
-def test_matmul_transposed_of_transposed_matrices(grad: bool) -> None:
-    a, b = torch.randn(6, 4).t(), torch.randn(6, 7).t()
+def test_matmul_transposed_of_transposed_matrices(grad: bool, rows: int, kernel: None) -> None:
+    a, b = torch.randn(6, rows).t(), torch.randn(6, 7).t()
     with nullcontext() if grad else torch.inference_mode():
         torch.testing.assert_close(matmul_transposed(a, b), a @ b.t())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 128])
+@pytest.mark.parametrize("widths", [(6, 7), (7, 6)])
+def test_outer_sum(widths: tuple[int, int], rows: int, kernel: None) -> None:
+    a, b = (torch.randn(rows, width) for width in widths)
+    torch.testing.assert_close(outer_sum(a, b), a.t() @ b)
 
 
 def test_xavier_uniform_with_zero_bias() -> None:
@@ -141,9 +171,12 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
     return (a.bfloat16().double() @ b.bfloat16().double()).float()
 
 
+@pytest.mark.parametrize("rows", [1, 50, 64, 65])
 @pytest.mark.parametrize("bias", [True, False])
-def test_medium_precision_rounds_the_factors_of_each_product(bias: bool, rounded: None) -> None:
-    x, weight = torch.randn(50, 60), torch.randn(70, 60)
+def test_medium_precision_rounds_the_factors_of_each_product(
+    bias: bool, rows: int, rounded: None
+) -> None:
+    x, weight = torch.randn(rows, 60), torch.randn(70, 60)
     b = torch.randn(70) if bias else None
     y, *grads = run(linear, x, weight, b)
     factors = torch.linspace(-1, 1, y.numel()).view(y.shape)
@@ -161,6 +194,7 @@ def test_medium_precision_rounds_the_factors_of_each_product(bias: bool, rounded
     assert not torch.allclose(y, F.linear(x, weight, b), rtol=1e-4)
     product = matmul_transposed(x, weight)
     torch.testing.assert_close(product, rounded_product(x, weight.t()), rtol=2**-8, atol=0.01)
+    torch.testing.assert_close(outer_sum(factors, x), expected[2], rtol=2**-8, atol=0.01)
 
 
 @pytest.mark.parametrize(

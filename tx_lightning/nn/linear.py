@@ -1,17 +1,22 @@
 """A linear layer that is Xavier-initialized and fast on CPUs.
 
-torch multiplies float32 matrices on x86 with MKL, which does not use AVX-512 on every processor
-that has it; oneDNN, which torch also ships, does. `linear` therefore calls oneDNN where the CPU
-has AVX-512, with the same float32 arithmetic (`benchmarks/kernels.py` measures both). Everywhere
-else (CUDA, autocast, other types, compiled code, other CPUs) it is `torch.nn.functional.linear`.
+torch multiplies float32 matrices on x86 with MKL, which uses AVX-512 on Intel's processors only;
+oneDNN, which torch also ships, uses it on AMD's too. `linear` therefore calls oneDNN there, with
+the same float32 arithmetic (`benchmarks/kernels.py` measures both). Everywhere else (CUDA,
+autocast, other types, compiled code, other CPUs) it is `torch.nn.functional.linear`.
 
 On request (`set_matmul_precision`), float32 products are taken of bfloat16 factors, which is
 faster, on CPUs that have an instruction for it.
 
+oneDNN makes a kernel for each shape, which takes a millisecond and half a MiB, and batches of text
+have thousands of shapes. So it is only called for numbers of rows that are multiples of `ROWS`:
+bfloat16 factors, which are copies anyway, get rows of zeros, and other float32 products go to MKL.
+
 Shapes: I inputs, O outputs.
 """
 
-import os
+import platform
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,9 +26,7 @@ from torch.autograd.function import once_differentiable
 
 MatmulPrecision = Literal["highest", "high", "medium"]
 
-# One kernel is made per shape, which takes time, and the batches of an epoch have more shapes than
-# the default of 1024 keeps. Read by oneDNN at its first use.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+ROWS = 64
 
 
 def _has_onednn() -> bool:
@@ -34,11 +37,19 @@ def _has_onednn() -> bool:
     )
 
 
+def _is_amd() -> bool:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            return "AuthenticAMD" in file.read(4096)
+    except OSError:
+        return "AuthenticAMD" in platform.processor()
+
+
 def _has_bfloat16() -> bool:
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # bool() is False
 
 
-_ONEDNN = _has_onednn()
+_ONEDNN = _has_onednn() and _is_amd()
 _BFLOAT16 = _has_bfloat16()
 _rounded = False  # whether float32 products on CPUs are taken of bfloat16 factors
 
@@ -60,20 +71,43 @@ def set_matmul_precision(precision: MatmulPrecision, device: str) -> None:
 
 
 def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b^T for matrices a (M, K) and b (N, K), float32 on CPU, by the fastest kernel."""
+    """Return a b^T for matrices a (M, K) and b (N, K), float32 on CPU, by the fastest kernel.
+
+    M may differ from call to call, the others should not.
+    """
     if _rounded:
-        return (a.bfloat16() @ b.bfloat16().t()).float()
-    if _ONEDNN:
+        return (_rounded_rows(a) @ b.bfloat16().t())[: len(a)].float()
+    if _ONEDNN and len(a) % ROWS == 0 < len(a):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         return product
     return a @ b.t()
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    """Return a^T b, (N, K), for a (M, N), b (M, K). oneDNN copies what it transposes: the less."""
-    if a.shape[1] <= b.shape[1]:
-        return matmul_transposed(a.t(), b.t())
-    return matmul_transposed(b.t(), a.t()).t()
+def outer_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Return a^T b for matrices a (M, N) and b (M, K), as `matmul_transposed`."""
+    if _rounded:
+        return (_rounded_rows(a).t() @ _rounded_rows(b)).float()
+    if _ONEDNN and len(a) % ROWS == 0 < len(a):
+        return _onednn_outer_sum(a, b)
+    return a.t() @ b
+
+
+def _onednn_outer_sum(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[1] > b.shape[1]:  # oneDNN copies what it transposes: the less
+        return _onednn_outer_sum(b, a).t()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a.t(), b.t(), None, "none", [], "")
+    return product
+
+
+def _rounded_rows(x: Tensor) -> Tensor:
+    """(M, K) in bfloat16, with rows of zeros up to a multiple of ROWS."""
+    rows = -(-len(x) // ROWS) * ROWS
+    if rows == len(x):
+        return x.bfloat16()
+    padded = x.new_empty(rows, x.shape[1], dtype=torch.bfloat16)
+    padded[: len(x)] = x
+    padded[len(x) :] = 0
+    return padded
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,8 +122,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.compiler.is_compiling()
     ):
         return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    if not _rounded and len(flat) % ROWS:
+        return F.linear(x, weight, bias)
     function = _RoundedLinear if _rounded else _OneDNNLinear
-    y: Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = function.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -110,7 +147,7 @@ class _OneDNNLinear(torch.autograd.Function):
         grad = grad.contiguous()
         return (
             matmul_transposed(grad, weight.t()) if need_x else None,
-            _outer(grad, x) if need_weight else None,
+            outer_sum(grad, x) if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
 
@@ -120,9 +157,10 @@ class _RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, weight = x.bfloat16(), weight.bfloat16()
+        n_rows = len(x)
+        x, weight = _rounded_rows(x), weight.bfloat16()
         ctx.save_for_backward(x, weight)
-        y = (x @ weight.t()).float()
+        y = (x @ weight.t())[:n_rows].float()
         return y if bias is None else y.add_(bias)
 
     @staticmethod
@@ -130,9 +168,9 @@ class _RoundedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        rounded = grad.bfloat16()
+        rounded = _rounded_rows(grad)
         return (
-            (rounded @ weight).float() if need_x else None,
+            (rounded @ weight)[: len(grad)].float() if need_x else None,
             (rounded.t() @ x).float() if need_weight else None,
             grad.sum(0) if need_bias else None,
         )
