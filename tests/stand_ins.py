@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.metrics import CorpusBLEU
+from tx_lightning.tasks.task import Task
 
 
 class TinyTask(LightningModule):
@@ -148,5 +151,72 @@ class KillAt(Callback):
             torch.save = half  # type: ignore[assignment]
 
 
+class Recorder(Callback):
+    """Keeps what each process computed, in a file for each in the run folder.
+
+    Each file has `gradients`, before clipping, and `norms`, which clipping saw, of each optimizer
+    step; and `batches`, the examples of each step: a list of (epoch, step, positions in the split).
+    `evaluated` are those of each validation.
+    """
+
+    def __init__(self) -> None:
+        self.gradients: list[Tensor] = []
+        self.norms: list[float] = []
+        self.batches: list[tuple[int, int, list[int]]] = []
+        self.evaluated: list[tuple[int, list[int]]] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        examples = batch.indices if batch.loss_tokens else []  # none is real where one was lent
+        self.batches.append((trainer.current_epoch, trainer.global_step, examples))
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        found = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        self.gradients.append(torch.cat(found).clone())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Task)
+        if len(self.norms) < len(self.gradients) and pl_module._grad_norm is not None:
+            self.norms.append(float(pl_module._grad_norm))
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
+    ) -> None:
+        self.evaluated.append((trainer.global_step, batch.indices))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        kept = {
+            "gradients": self.gradients,
+            "norms": self.norms,
+            "batches": self.batches,
+            "evaluated": self.evaluated,
+        }
+        torch.save(kept, folder / f"recorded-{trainer.global_rank}.pt")
+
+
+def fit_each(files: list[str]) -> None:
+    """Run fit on each file in this process, which torchrun may have started; names its folder."""
+    from tx_lightning.__main__ import main
+
+    for file in files:
+        words = [
+            "fit",
+            "--config",
+            file,
+            "--trainer.default_root_dir",
+            str(Path(file).with_suffix("")),
+        ]
+        if status := main(words):
+            raise SystemExit(status)
+
+
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    fit_each(sys.argv[1:])

@@ -1,0 +1,209 @@
+"""The same run, however it is spread over processes and accumulated micro-batches.
+
+Tasks are trained for four epochs, ragged batches and the small last one included, by one process
+with whole batches, by two and three processes, by accumulated micro-batches, and by both. In each
+optimizer step the gradients must be the same before the optimizer, and clipping must see the same
+norm. Some batches have fewer examples than there are parts.
+"""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.test_every_task import configuration
+from tx_lightning.checkpoints import read_checkpoint
+from tx_lightning.loggers import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+# The others have the batches and the loss of one of these.
+TASKS = ["Translation", "LanguageModeling", "Classification", "MaskedLanguageModeling"]
+SPREADS = [(1, 1), (1, 3), (2, 1), (3, 1), (2, 2)]  # processes, accumulated micro-batches
+OTHERS = SPREADS[1:]
+EPOCHS = 4
+
+
+def written(folder: Path, task: str, processes: int, accumulate: int) -> Path:
+    """Write the configuration of a run without dropout, which differs among micro-batches."""
+    settings = without_dropout(configuration(task))
+    # Not Adam: it turns the rounding of a gradient that is zero (keys' biases) into whole steps.
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.02}}
+    settings["model"]["init_args"] |= {"optimizer": sgd, "scheduler": None}
+    if task == "Classification":
+        settings["model"]["init_args"]["network"]["init_args"]["dropout"] = 0.0  # of its head
+        # Equal weights of two classes let the gradient of a balanced batch cancel to nothing.
+        settings["model"]["init_args"]["class_weights"] = [3.0, 0.5]
+    saving = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"save_last": True, "save_on_train_epoch_end": True},
+    }
+    settings["trainer"] |= {
+        "max_steps": -1,
+        "max_epochs": EPOCHS,
+        "val_check_interval": 1.0,
+        "check_val_every_n_epoch": 2,
+        "gradient_clip_val": 0.1,
+        "accumulate_grad_batches": accumulate,
+        "devices": processes,
+        "strategy": "ddp" if processes > 1 else "auto",
+        "callbacks": [saving, {"class_path": "tests.stand_ins.Recorder"}],
+    }
+    file = folder / f"{task}-{processes}-{accumulate}.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def without_dropout(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {k: 0.0 if k == "dropout" else without_dropout(v) for k, v in tree.items()}
+    return tree
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, <task>-<processes>-<accumulate>."""
+    folder = tmp_path_factory.mktemp("spread")
+    for processes in (1, 2, 3):
+        files = [
+            str(written(folder, task, processes, accumulate))
+            for n, accumulate in SPREADS
+            if n == processes
+            for task in TASKS
+        ]
+        torchrun = [] if processes == 1 else ["torch.distributed.run", "--standalone", "-m"]
+        spread = [] if processes == 1 else [f"--nproc_per_node={processes}"]
+        command = [sys.executable, "-m", *torchrun[:2], *spread, *torchrun[2:], "tests.stand_ins"]
+        done = subprocess.run(
+            [*command, *files],
+            cwd=ROOT,
+            env={**os.environ, "WANDB_MODE": "disabled"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def recorded(run: Path) -> list[dict[str, Any]]:
+    """What each process kept."""
+    files = sorted(run.glob("recorded-*.pt"))
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+def run_of(runs: Path, task: str, processes: int, accumulate: int) -> Path:
+    run = runs / f"{task}-{processes}-{accumulate}"
+    assert len(list(run.glob("recorded-*.pt"))) == processes
+    return run
+
+
+def steps(run: Path) -> dict[tuple[int, int], list[int]]:
+    """The examples of each optimizer step, over all processes and micro-batches."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for process in recorded(run):
+        for epoch, step, examples in process["batches"]:
+            found.setdefault((epoch, step), []).extend(examples)
+    return {step: sorted(examples) for step, examples in found.items()}
+
+
+def gradients(run: Path) -> Iterator[tuple[torch.Tensor, float]]:
+    """Gradient and norm of each step; those of all processes are the same."""
+    processes = recorded(run)
+    for step, (gradient, norm) in enumerate(
+        zip(processes[0]["gradients"], processes[0]["norms"], strict=True)
+    ):
+        for other in processes[1:]:
+            assert torch.equal(other["gradients"][step], gradient)
+            assert other["norms"][step] == norm
+        yield gradient.double(), norm
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), OTHERS)
+@pytest.mark.parametrize("task", TASKS)
+def test_gradients_and_their_norm_are_the_same(
+    task: str, processes: int, accumulate: int, runs: Path
+) -> None:
+    whole = list(gradients(run_of(runs, task, 1, 1)))
+    spread = list(gradients(run_of(runs, task, processes, accumulate)))
+    assert len(whole) == len(spread) >= 20
+    for (ours, norm), (theirs, other) in zip(whole, spread, strict=True):
+        assert float((ours - theirs).norm() / ours.norm()) < 1e-6
+        assert norm == pytest.approx(float(ours.norm()), rel=1e-6)
+        assert other == pytest.approx(norm, rel=1e-6)
+    assert any(norm > 0.1 for _, norm in whole), "nothing was clipped"
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), OTHERS)
+@pytest.mark.parametrize("task", TASKS)
+def test_parameters_are_the_same_after_twenty_steps(
+    task: str, processes: int, accumulate: int, runs: Path
+) -> None:
+    states = [
+        read_checkpoint(run_of(runs, task, *spread) / "checkpoints" / "last.ckpt")
+        for spread in ((1, 1), (processes, accumulate))
+    ]
+    assert states[0]["global_step"] == states[1]["global_step"] >= 20
+    for name, value in states[0]["state_dict"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(
+                states[1]["state_dict"][name], value, rtol=1e-5, atol=1e-5, msg=name
+            )
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), SPREADS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_example_is_seen_once_an_epoch_in_the_same_steps(
+    task: str, processes: int, accumulate: int, runs: Path
+) -> None:
+    found = steps(run_of(runs, task, processes, accumulate))
+    assert found == steps(run_of(runs, task, 1, 1))
+    epochs = [Counter[int]() for _ in range(EPOCHS)]
+    for (epoch, _), examples in found.items():
+        epochs[epoch].update(examples)
+    for counted in epochs:
+        assert set(counted.values()) == {1}
+    if task == "LanguageModeling":  # blocks, from an offset that is new in each epoch
+        for counted in epochs:
+            starts = sorted(counted)
+            assert starts == list(range(starts[0], starts[-1] + 1, 16))
+    else:
+        assert [sorted(counted) for counted in epochs] == [list(range(len(epochs[0])))] * EPOCHS
+    order = [[examples for (at, _), examples in found.items() if at == epoch] for epoch in (0, 1)]
+    assert order[0] != order[1]
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), OTHERS)
+@pytest.mark.parametrize("task", TASKS)
+def test_validation_sees_each_example_once_and_scores_the_same(
+    task: str, processes: int, accumulate: int, runs: Path
+) -> None:
+    run, whole = run_of(runs, task, processes, accumulate), run_of(runs, task, 1, 1)
+
+    def evaluated(run: Path) -> Counter[tuple[int, int]]:
+        return Counter(
+            (step, example)
+            for process in recorded(run)
+            for step, examples in process["evaluated"]
+            for example in examples
+        )
+
+    assert evaluated(run) == evaluated(whole)
+    assert set(evaluated(run).values()) == {1}
+    rows = [
+        [row for row in read_metrics(r / "metrics.jsonl") if "val/loss" in row]
+        for r in (whole, run)
+    ]
+    assert len(rows[0]) == len(rows[1]) == EPOCHS / 2
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"time"}:
+            # The weights differ in the last digits already.
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-4), name
