@@ -1,5 +1,6 @@
 """A task and data so small that a run takes no time; class paths in tests name them."""
 
+import json
 import os
 import signal
 import sys
@@ -103,43 +104,46 @@ class SignalAt(Callback):
 class KillAt(Callback):
     """Kills the process at the moment that $KILL_AT names, as "validation:20"; $PAUSE slows it.
 
-    `window:S` is between the micro-batches of step S, `epoch_end:E` after the last batch of epoch
-    E, `validation:S` in the validation after step S, `saving:S` when half of a checkpoint of step S
-    is written; `crash:S` is no kill, but an error on the second process in step S. The pause is in
-    seconds, before each batch: time for a test to do something.
+    It is the first one that is not before the number: `window:S` is between the micro-batches of
+    step S, `epoch_end:S` the end of an epoch, S steps or more into the run, `validation:S` in the
+    validation after step S, `saving:S` when half of a checkpoint of step S is written. `crash:S` is
+    no kill, but an error in step S, on the last process; `first_crashes:S` on the first. The pause
+    is in seconds, before each batch: time for a test to do something.
     """
 
     def __init__(self) -> None:
         moment, _, number = os.environ.get("KILL_AT", "").partition(":")
         self._moment, self._number = moment, int(number or 0)
 
-    def _now(self, moment: str, number: int) -> bool:
-        return (moment, number) == (self._moment, self._number)
+    def _now(self, moment: str, trainer: Trainer) -> bool:
+        return moment == self._moment and trainer.global_step >= self._number
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         time.sleep(float(os.environ.get("PAUSE", "0")))
-        if trainer.global_rank == 1 and self._now("crash", trainer.global_step):
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and self._now("crash", trainer):
             raise RuntimeError("crashed on purpose")
-        inside = batch_idx % trainer.accumulate_grad_batches
-        if inside and self._now("window", trainer.global_step):
+        if trainer.is_global_zero and self._now("first_crashes", trainer):
+            raise RuntimeError("crashed on purpose")
+        if batch_idx % trainer.accumulate_grad_batches and self._now("window", trainer):
             _die()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._now("epoch_end", trainer.current_epoch):
+        if self._now("epoch_end", trainer):
             _die()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *_: Any
     ) -> None:
-        if self._now("validation", trainer.global_step):
+        if self._now("validation", trainer):
             _die()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._now("saving", trainer.global_step):
+        if self._now("saving", trainer):
             write = torch.save
 
             def half(checkpoint: Any, file: Any) -> None:
@@ -152,24 +156,26 @@ class KillAt(Callback):
 
 
 class Recorder(Callback):
-    """Keeps what each process computed, in a file for each in the run folder.
+    """Keeps what each process computed, in files of its own in the run folder.
 
-    Each file has `gradients`, before clipping, and `norms`, which clipping saw, of each optimizer
-    step; and `batches`, the examples of each step: a list of (epoch, step, positions in the split).
-    `evaluated` are those of each validation.
+    `batches-<rank>.jsonl` has a line (epoch, step, positions in the split) for each micro-batch;
+    `recorded-<rank>.pt`, written at the end, `gradients`, before clipping, and `norms`, which
+    clipping saw, of each optimizer step, and `evaluated`, the examples of each validation.
     """
 
     def __init__(self) -> None:
         self.gradients: list[Tensor] = []
         self.norms: list[float] = []
-        self.batches: list[tuple[int, int, list[int]]] = []
         self.evaluated: list[tuple[int, list[int]]] = []
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         examples = batch.indices if batch.loss_tokens else []  # none is real where one was lent
-        self.batches.append((trainer.current_epoch, trainer.global_step, examples))
+        line = json.dumps([trainer.current_epoch, trainer.global_step, examples])
+        name = f"batches-{trainer.global_rank}.jsonl"
+        with (Path(trainer.default_root_dir) / name).open("a") as file:
+            file.write(f"{line}\n")
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -192,10 +198,19 @@ class Recorder(Callback):
         kept = {
             "gradients": self.gradients,
             "norms": self.norms,
-            "batches": self.batches,
             "evaluated": self.evaluated,
         }
         torch.save(kept, folder / f"recorded-{trainer.global_rank}.pt")
+
+
+def steps(run: Path) -> dict[tuple[int, int], list[int]]:
+    """The examples of each (epoch, step) of a run with a Recorder; of steps taken again, all."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for path in run.glob("batches-*.jsonl"):
+        for line in path.read_text().splitlines():
+            epoch, step, examples = json.loads(line)
+            found.setdefault((epoch, step), []).extend(examples)
+    return {step: sorted(examples) for step, examples in sorted(found.items())}
 
 
 def fit_each(files: list[str]) -> None:

@@ -2,9 +2,10 @@
 
 The fast tests kill one run at each kind of moment that is hard to come by. The campaign (`make
 test-slow`) kills runs of three tasks at random, with and without worker processes, on one process
-and on two.
+and on two. Where a run goes on on another number of processes, it ends the same but for rounding.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -18,13 +19,13 @@ import pytest
 import torch
 import yaml
 
+from tests.stand_ins import steps
 from tests.test_every_task import configuration
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.loggers import read_metrics
 from tx_lightning.reproduce import history
 
 ROOT = Path(__file__).resolve().parents[1]
-KILLS = 5  # of each run of the campaign, 20 of each task
 CAMPAIGN_STEPS = 200
 
 
@@ -65,8 +66,11 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start the run in its folder, or go on with it where it has begun."""
     begun = (run / "config.yaml").is_file()
-    place = ["--resume", str(run)] if begun else ["--trainer.default_root_dir", str(run)]
-    command = ["fit", *place] if begun else ["fit", "--config", str(file), *place, *words]
+    if begun:
+        command = ["fit", "--resume", str(run), *words]
+    else:
+        place = ["--trainer.default_root_dir", str(run)]
+        command = ["fit", "--config", str(file), *place, *words]
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -91,10 +95,20 @@ def finish(run: Path, file: Path, words: list[str]) -> None:
     assert process.wait(timeout=300) == 0, (file.parent / "output.txt").read_text()[-3000:]
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def clear_away(process: subprocess.Popen[str]) -> None:
     """Kill a run with all its processes, as a machine that goes down does."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
+
+
+def die(process: subprocess.Popen[str], folder: Path) -> None:
+    """Wait until the run has killed itself; its other processes go down with it."""
+    try:
+        status = process.wait(timeout=180)
+    finally:
+        clear_away(process)
+    assert status == -signal.SIGKILL, (folder / "output.txt").read_text()[-3000:]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -120,6 +134,10 @@ def assert_same(run: Path, whole: Path) -> None:
         if "ModelCheckpoint" not in name:  # it holds the paths of the folder
             assert_equal(state, other["callbacks"][name], name)
     assert history(run) == history(whole)
+    assert_no_row_twice(run)
+
+
+def assert_no_row_twice(run: Path) -> None:
     rows = [
         (row["step"], tuple(sorted(row.keys() - {"time"})))
         for row in read_metrics(run / "metrics.jsonl")
@@ -142,7 +160,7 @@ def assert_equal(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
-MOMENTS = ("window:6", "epoch_end:1", "validation:20", "saving:26", "validation:40")
+MOMENTS = ("window:6", "epoch_end:9", "validation:20", "saving:26", "validation:40")
 
 
 @pytest.fixture(scope="module")
@@ -160,36 +178,107 @@ def test_killed_at_the_hardest_moments(whole: tuple[Path, Path], tmp_path: Path)
     file = tmp_path / "run.yaml"
     file.write_text(whole[1].read_text())
     for moment in MOMENTS:
-        process = start(run, file, [], kill_at=moment)
-        assert process.wait(timeout=120) == -signal.SIGKILL, (
-            moment,
-            (tmp_path / "output.txt").read_text()[-3000:],
-        )
+        die(start(run, file, [], kill_at=moment), tmp_path)
     finish(run, file, [])
     assert_same(run, whole[0])
 
 
-def test_a_crash_on_one_process_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["crash:4", "first_crashes:4"])
+def test_a_crash_on_one_process_ends_all(moment: str, tmp_path: Path) -> None:
     """Within a minute, with the traceback of that process."""
     file = written("LanguageModeling", tmp_path)
     words = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    process = start(tmp_path / "run", file, words, kill_at="crash:4")
+    process = start(tmp_path / "run", file, words, kill_at=moment)
     try:
         status = process.wait(timeout=90)  # starting takes some of it
     finally:
-        if process.poll() is None:
-            kill(process)
+        clear_away(process)
     said = (tmp_path / "output.txt").read_text()
     assert status != 0, said[-3000:]
     assert "in on_train_batch_start" in said
     assert "RuntimeError: crashed on purpose" in said
 
 
+def on(processes: int, accumulate: int) -> list[str]:
+    """The words that spread a step of four micro-batches."""
+    strategy = "ddp" if processes > 1 else "auto"
+    words = ["--trainer.devices", str(processes), "--trainer.strategy", strategy]
+    words += ["--trainer.accumulate_grad_batches", str(accumulate)]
+    return [*words, "--trainer.val_check_interval", str(5 * accumulate)]  # counts micro-batches
+
+
+def spreading(task: str, folder: Path, **trainer: Any) -> Path:
+    """A run that may go on elsewhere: not with Adam, which makes steps of the last digits."""
+    file = written(task, folder, **trainer)
+    settings = yaml.safe_load(file.read_text())
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.05}}
+    settings["model"]["init_args"]["optimizer"] = sgd
+    settings["trainer"]["callbacks"].append({"class_path": "tests.stand_ins.Recorder"})
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def assert_same_but_for_rounding(run: Path, whole: Path) -> None:
+    """The same examples in the same steps, the same rows, and numbers that agree to 1e-5."""
+    assert {step: set(examples) for step, examples in steps(run).items()} == {
+        step: set(examples) for step, examples in steps(whole).items()
+    }
+    one, other = (read_checkpoint(r / "checkpoints" / "last.ckpt") for r in (whole, run))
+    assert one["global_step"] == other["global_step"] >= 40
+    assert_equal(one["lr_schedulers"], other["lr_schedulers"], "lr_schedulers")
+    for name, value in one["state_dict"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(
+                other["state_dict"][name], value, rtol=1e-5, atol=1e-5, msg=name
+            )
+    ours, theirs = history(whole), history(run)
+    assert ours.keys() == theirs.keys()
+    for key, score in ours.items():
+        assert theirs[key] == pytest.approx(score, rel=1e-4, abs=1e-5), key
+    assert_no_row_twice(run)
+
+
+def test_resumed_on_other_numbers_of_processes(tmp_path: Path) -> None:
+    """With dropout, killed on 2 processes x 2 parts, then 1 x 4, then to the end on 2 x 2."""
+    (tmp_path / "whole").mkdir()
+    file = spreading("Translation", tmp_path / "whole")
+    finish(tmp_path / "whole" / "run", file, on(1, 4))
+    there, run = tmp_path / "run.yaml", tmp_path / "run"
+    there.write_text(file.read_text())
+    die(start(run, there, on(2, 2), kill_at="window:13"), tmp_path)
+    die(start(run, there, on(1, 4), kill_at="saving:26"), tmp_path)
+    finish(run, there, on(2, 2))
+    assert_same_but_for_rounding(run, tmp_path / "whole" / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["LanguageModeling", "Classification"])
+def test_campaign_on_other_numbers_of_processes(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed at random moments, and each time resumed on other numbers of processes."""
+    (tmp_path / "whole").mkdir()
+    file = spreading(task, tmp_path / "whole", max_steps=CAMPAIGN_STEPS)
+    finish(tmp_path / "whole" / "run", file, on(1, 4))
+    there, run = tmp_path / "run.yaml", tmp_path / "run"
+    there.write_text(file.read_text())
+    moments = drawn(random.Random(f"spread {task}"))
+    spreads = [(2, 2), (1, 4), (4, 1), (2, 2), (1, 4), (4, 1)]
+    for moment, spread in zip(moments, spreads, strict=False):
+        die(start(run, there, on(*spread), kill_at=moment), tmp_path)
+    finish(run, there, on(*spreads[len(moments)]))
+    assert_same_but_for_rounding(run, tmp_path / "whole" / "run")
+    tell(capsys, f"{task} on 1, 2 and 4 processes", moments)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("task", ["Translation", "LanguageModeling", "Classification"])
-def test_campaign(task: str, workers: int, processes: int, tmp_path: Path) -> None:
+def test_campaign(
+    task: str, workers: int, processes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed at moments drawn at random, one of each kind, 20 for each task."""
     words = ["--data.num_workers", str(workers)]
     if processes > 1:
         words += ["--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
@@ -197,14 +286,34 @@ def test_campaign(task: str, workers: int, processes: int, tmp_path: Path) -> No
     (tmp_path / "killed").mkdir()
     file = written(task, tmp_path / "whole", max_steps=CAMPAIGN_STEPS)
     finish(tmp_path / "whole" / "run", file, words)
-    killed, run = tmp_path / "killed" / "run.yaml", tmp_path / "killed" / "run"
-    killed.write_text(file.read_text())
+    there, run = tmp_path / "killed" / "run.yaml", tmp_path / "killed" / "run"
+    there.write_text(file.read_text())
     chance = random.Random(f"{task} {workers} {processes}")
-    for step in sorted(chance.sample(range(1, CAMPAIGN_STEPS - 20), KILLS)):
-        process = start(run, killed, words, pause=0.02)  # or it would be over before the kill
-        wait_for_step(run, step, process)
+    moments = drawn(chance)
+    for moment in moments:
+        kind, step = moment.split(":")
+        if kind != "any":
+            die(start(run, there, words, kill_at=moment), there.parent)
+            continue
+        process = start(run, there, words, pause=0.02)  # or it would be over before the kill
+        wait_for_step(run, int(step), process)
         time.sleep(chance.uniform(0, 0.5))  # some steps, saves and a validation later
         assert process.poll() is None, "it ended before it was killed"
-        kill(process)
-    finish(run, killed, words)
+        clear_away(process)
+    finish(run, there, words)
     assert_same(run, tmp_path / "whole" / "run")
+    tell(capsys, f"{task}, {workers} workers, {processes} processes", moments)
+
+
+def drawn(chance: random.Random) -> list[str]:
+    """A moment of each kind, in the order of time."""
+    kinds = ["any", "window", "epoch_end", "validation", "saving"]
+    chance.shuffle(kinds)
+    at = sorted(chance.sample(range(1, CAMPAIGN_STEPS - 30), len(kinds)))
+    return [f"{kind}:{step}" for kind, step in zip(kinds, at, strict=True)]
+
+
+def tell(capsys: pytest.CaptureFixture[str], what: str, moments: list[str]) -> None:
+    """Say how many kills the run survived: all, or this is not reached."""
+    with capsys.disabled():
+        print(f"\n{what}: killed at {', '.join(moments)}: {len(moments)} tried, all survived")

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from tests.stand_ins import steps
 from tests.test_every_task import configuration
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.loggers import read_metrics
@@ -103,15 +104,6 @@ def run_of(runs: Path, task: str, processes: int, accumulate: int) -> Path:
     run = runs / f"{task}-{processes}-{accumulate}"
     assert len(list(run.glob("recorded-*.pt"))) == processes
     return run
-
-
-def steps(run: Path) -> dict[tuple[int, int], list[int]]:
-    """The examples of each optimizer step, over all processes and micro-batches."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for process in recorded(run):
-        for epoch, step, examples in process["batches"]:
-            found.setdefault((epoch, step), []).extend(examples)
-    return {step: sorted(examples) for step, examples in found.items()}
 
 
 def gradients(run: Path) -> Iterator[tuple[torch.Tensor, float]]:
