@@ -226,8 +226,8 @@ class BlockSampler(StepSampler):
         bounds = np.minimum(np.arange(n_batches + 1) * self.blocks_per_step, n_blocks)
         return Plan(starts[random.permutation(n_blocks)], bounds.astype(np.int64))
 
-    def step_tokens(self, batch: Indices, epoch: int) -> int:
-        return len(batch) * self.length
+    def step_tokens(self, step: int, epoch: int) -> int:
+        return len(self.plan()[step]) * self.length
 
 
 class WindowSampler(EvaluationSampler):

@@ -44,8 +44,8 @@ class LabelSampler(TokenBatchSampler):
         )
         self.labels = labels
 
-    def step_tokens(self, batch: Indices, epoch: int) -> int:
-        return int(self.labels[batch].sum())
+    def step_tokens(self, step: int, epoch: int) -> int:
+        return int(self.labels[self.plan()[step]].sum())
 
 
 class LabelShardSampler(ShardSampler):

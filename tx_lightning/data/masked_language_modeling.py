@@ -148,13 +148,12 @@ class MaskedSampler(TokenBatchSampler):
             reshuffle=reshuffle,
         )
         self.data = data
-        self._counted: tuple[int, Indices, int] | None = None  # epoch, batch, its tokens
+        self._counted = (-1, -1, 0)  # step, epoch, tokens
 
-    def step_tokens(self, batch: Indices, epoch: int) -> int:
-        counted = self._counted  # All turns of an accumulation ask for the same batch.
-        if counted is None or counted[0] != epoch or not np.array_equal(counted[1], batch):
-            counted = self._counted = (epoch, batch, self.data.chosen(batch, epoch))
-        return counted[2]
+    def step_tokens(self, step: int, epoch: int) -> int:
+        if self._counted[:2] != (step, epoch):  # All turns of an accumulation ask for the same.
+            self._counted = (step, epoch, self.data.chosen(self.plan()[step], epoch))
+        return self._counted[2]
 
 
 class MaskedShards(ShardSampler):

@@ -98,17 +98,21 @@ class LengthPlanner:
         """
         return EpochPlan(self, seed, epoch)
 
-    def pool(self, number: int, seed: int, epoch: int) -> Plan:
-        """The batches of one pool in the order of training."""
+    def pool(self, number: int, seed: int, epoch: int) -> tuple[Plan, Indices]:
+        """The batches of one pool in the order of training, and the target tokens of each."""
         parts = [seed, epoch] if self._n_pools == 1 else [seed, epoch, number]
         random = np.random.default_rng(parts)
         rows = self._rows(number)
-        ranks = _ranked(self._keys(rows)[0])[0]
+        keys, of_each = self._keys(rows)
+        ranks = _ranked(keys)[0]
         shuffled = random.permutation(np.arange(len(ranks), dtype=np.int32))
         order = shuffled[np.argsort(ranks[shuffled], kind="stable")]
         starts = self._starts[number]
         batches = random.permutation(len(starts) - 1)
-        return _reorder(order if rows is None else rows[order], starts, batches)
+        if len(order) == 0:
+            return Plan(order.astype(np.int64), starts), np.zeros(0, dtype=np.int64)
+        tokens = np.add.reduceat(keys[order] // of_each, starts[:-1])[batches]
+        return _reorder(order if rows is None else rows[order], starts, batches), tokens
 
     def _rows(self, number: int) -> npt.NDArray[np.int32] | None:
         """The rows of a pool; None: all."""
@@ -158,28 +162,35 @@ class EpochPlan:
         n_pools = len(planner.n_batches)
         self._pools = np.random.default_rng([seed, epoch]).permutation(n_pools)
         self._ends = np.cumsum(np.array(planner.n_batches)[self._pools])
-        self._planned: tuple[int, Plan] | None = None
+        self._planned: tuple[int, Plan, Indices] | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, batch: int) -> Indices:
-        place = int(np.searchsorted(self._ends, batch, side="right"))
-        first, plan = self._at(place)
+        first, plan, _ = self._at(self._place(batch))
         return plan[batch - first]
 
-    def _at(self, place: int) -> tuple[int, Plan]:
-        """The pool at a place of this epoch: its first batch, and its plan."""
+    def target_tokens(self, batch: int) -> int:
+        """The target tokens of a batch, EOS included."""
+        first, _, tokens = self._at(self._place(batch))
+        return int(tokens[batch - first])
+
+    def _place(self, batch: int) -> int:
+        return int(np.searchsorted(self._ends, batch, side="right"))
+
+    def _at(self, place: int) -> tuple[int, Plan, Indices]:
+        """The pool at a place of this epoch: its first batch, its plan, tokens of each batch."""
         if self._planned is None or self._planned[0] != place:
             self._planned = None  # give its memory back first
             number = int(self._pools[place])
-            self._planned = place, self.planner.pool(number, self.seed, self.epoch)
-        return int(self._ends[place - 1]) if place else 0, self._planned[1]
+            self._planned = place, *self.planner.pool(number, self.seed, self.epoch)
+        return int(self._ends[place - 1]) if place else 0, *self._planned[1:]
 
     def largest(self) -> int:
         """The batch that has the most tokens, padding included, where cuts let most in."""
         costs = np.array(self.planner.costs)[self._pools]
-        first, plan = self._at(int(costs.argmax()))
+        first, plan, _ = self._at(int(costs.argmax()))
         sides = self.planner.source_lengths, self.planner.target_lengths
         widths = np.maximum(*(lengths[plan.order] for lengths in sides))
         widest = np.maximum.reduceat(widths, plan.starts[:-1])

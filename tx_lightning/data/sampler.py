@@ -88,8 +88,8 @@ class StepSampler(Sampler[Share], ABC):
         """The global batches of an epoch, equally many in each; a function of seed and epoch."""
 
     @abstractmethod
-    def step_tokens(self, batch: Indices, epoch: int) -> int:
-        """What the summed loss of a global batch is divided by."""
+    def step_tokens(self, step: int, epoch: int) -> int:
+        """What the summed loss of a global batch of the current plan is divided by."""
 
     @property
     def sampler(self) -> "StepSampler":
@@ -128,7 +128,7 @@ class StepSampler(Sampler[Share], ABC):
         batch, epoch = self.plan()[step], self._ordering_epoch()
         parts = self.world_size * self.accumulate
         indices = batch[turn * self.world_size + self.rank :: parts]
-        step_tokens = self.step_tokens(batch, epoch)
+        step_tokens = self.step_tokens(step, epoch)
         if len(indices) == 0:
             return Share(batch[:1], step_tokens, parts, real=False, epoch=epoch)
         return Share(indices, step_tokens, parts, epoch=epoch)
@@ -167,20 +167,22 @@ class TokenBatchSampler(StepSampler):
             accumulate=accumulate,
             reshuffle=reshuffle,
         )
-        self.target_lengths = target_lengths
         self.planner = LengthPlanner(source_lengths, target_lengths, batch_tokens)
 
     def plan_epoch(self, epoch: int) -> EpochPlan:
         return self.planner.epoch(self.seed, epoch)
 
-    def step_tokens(self, batch: Indices, epoch: int) -> int:
-        return int(self.target_lengths[batch].sum())
+    def plan(self) -> EpochPlan:
+        plan = super().plan()
+        assert isinstance(plan, EpochPlan)
+        return plan
+
+    def step_tokens(self, step: int, epoch: int) -> int:
+        return self.plan().target_tokens(step)
 
     def largest(self) -> int:
         """The step whose batch has the most tokens, padding included, in the current epoch."""
-        plan = self.plan()
-        assert isinstance(plan, EpochPlan)
-        return plan.largest()
+        return self.plan().largest()
 
 
 def _cut_smaller(plan: Plan, n: int) -> Plan:

@@ -1,4 +1,4 @@
-"""Tokenized text on disk: flat memory-mapped arrays with offsets.
+"""Tokenized text on disk: flat arrays with offsets, read where they are needed.
 
 A corpus is tokenized once and lies under a key made of everything it depends on. Opening it reads
 a few numbers; memory and start-up do not grow with the corpus, and processes share its pages.
@@ -9,8 +9,10 @@ words of a sentence and their tags. A stream of documents is the ids of one side
 
 import hashlib
 import json
+import os
+import struct
+import weakref
 from dataclasses import dataclass, field
-from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,8 @@ Array = npt.NDArray[Any]
 
 FORMAT = 2
 SIDES = ("source", "target")
-LARGE = 2**28  # bytes of a store that should not all stay in the memory of the process
-_READS = 1024  # each touches some tens of KiB, since the system maps pages in groups
-_PART = 2**20
+_PART = 2**20  # rows whose lengths are read at a time
+_BOUNDS = struct.Struct("=qq")
 
 
 @dataclass
@@ -82,21 +83,12 @@ class Store:
             self.bytes: dict[str, int] = meta["text_bytes"]
         except (OSError, ValueError, KeyError) as error:
             raise CacheError.damaged(folder, error) from error
-        self._maps: list[mmap] = []
-        self._reads = 0  # since pages were given back
-        self._is_large = sum(meta["bytes"].values()) > LARGE
-        self._ids = {side: self._map(f"{side}.ids", meta["dtype"]) for side in self.tokens}
-        self._starts = {side: self._map(f"{side}.starts", "int64") for side in self.tokens}
+        self._dtype = np.dtype(meta["dtype"])
+        self._ids = {side: _File(folder / f"{side}.ids") for side in self.tokens}
+        self._starts = {side: _File(folder / f"{side}.starts") for side in self.tokens}
         with_text = [side for side in self.tokens if (folder / f"{side}.text").exists()]
-        self._text = {side: self._map(f"{side}.text", "uint8") for side in with_text}
-        self._text_starts = {side: self._map(f"{side}.text_starts", "int64") for side in with_text}
-
-    def _map(self, name: str, dtype: str) -> Array:
-        if (self.folder / name).stat().st_size == 0:  # Nothing cannot be mapped.
-            return np.empty(0, dtype=dtype)
-        with (self.folder / name).open("rb") as file:
-            self._maps.append(mmap(file.fileno(), 0, access=ACCESS_READ))
-        return np.frombuffer(self._maps[-1], dtype=dtype)
+        self._text = {side: _File(folder / f"{side}.text") for side in with_text}
+        self._text_starts = {side: _File(folder / f"{side}.text_starts") for side in with_text}
 
     def __reduce__(self) -> tuple[type["Store"], tuple[Path]]:
         return type(self), (self.folder,)
@@ -111,14 +103,17 @@ class Store:
 
     def ids(self, side: str, i: int) -> Array:
         """The ids of record i on a side."""
-        self._count(1)
-        return self._ids[side][slice(*self._starts[side][i : i + 2])]
+        return self._slice(side, *self._starts[side].bounds(i))
+
+    def _slice(self, side: str, start: int, end: int) -> Array:
+        width = self._dtype.itemsize
+        found = self._ids[side].read(start * width, (end - start) * width)
+        return np.frombuffer(found, dtype=self._dtype)
 
     def text(self, side: str, i: int) -> str:
         """The untouched text of record i on a side."""
-        self._count(1)
-        start, end = self._text_starts[side][i : i + 2]
-        return self._text[side][start:end].tobytes().decode("utf-8")
+        start, end = self._text_starts[side].bounds(i)
+        return self._text[side].read(start, end - start).decode("utf-8")
 
     def lengths(self, side: str) -> npt.NDArray[np.int32]:
         """The number of ids of each record on a side."""
@@ -134,23 +129,38 @@ class Store:
         return StoredLengths(self, side, extra)
 
     def stream(self, side: str) -> Array:
-        """The ids of all records of a side, end to end, as one array."""
-        return self._ids[side]
+        """The ids of all records of a side, end to end, in memory."""
+        return self._slice(side, 0, self.tokens[side])
 
     def slices(self, side: str) -> "Slices":
         """Parts of that array, read when they are asked for."""
         return Slices(self, side)
 
-    def _count(self, reads: int) -> None:
-        """Pages that were read stay in memory; of a large store, give them back now and then.
 
-        They stay in the memory that the system lends to files, where they cost nobody anything.
-        """
-        self._reads += reads
-        if self._reads >= _READS and self._is_large:
-            self._reads = 0
-            for mapped in self._maps:
-                mapped.madvise(MADV_DONTNEED)
+class _File:
+    """A file that is read in parts, which leave nothing in the memory of the process.
+
+    The system keeps the parts in the memory that it lends to files, for all processes. A mapped
+    file would be simpler, but all of it that was ever read counts as memory of the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, start: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, start)
+
+    def bounds(self, i: int) -> tuple[int, int]:
+        """Where row i starts and ends, in a file of starts."""
+        start, end = _BOUNDS.unpack(self.read(8 * i, 16))
+        return start, end
+
+    def lengths(self, rows: slice | Array) -> npt.NDArray[np.int32]:
+        """The lengths of many rows, in a file of starts."""
+        starts = np.memmap(self.path, dtype="int64", mode="r")
+        return np.asarray(starts[1:][rows] - starts[:-1][rows], dtype=np.int32)
 
 
 class StoredLengths:
@@ -171,9 +181,7 @@ class StoredLengths:
         return len(self.store)
 
     def __getitem__(self, rows: slice | Array) -> npt.NDArray[np.int32]:
-        starts = self.store._starts[self.side]
-        lengths = (starts[1:][rows] - starts[:-1][rows]).astype(np.int32)
-        self.store._count(len(lengths))
+        lengths = self.store._starts[self.side].lengths(rows)
         lengths += self.extra
         return lengths
 
@@ -196,11 +204,11 @@ class Slices:
         self.side = side
 
     def __len__(self) -> int:
-        return len(self.store._ids[self.side])
+        return self.store.tokens[self.side]
 
     def __getitem__(self, place: slice) -> Array:
-        self.store._count(1)
-        return self.store._ids[self.side][place]
+        start, end, _ = place.indices(len(self))
+        return self.store._slice(self.side, start, end)
 
 
 class PairStore(Store):
