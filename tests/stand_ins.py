@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
 from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.metrics import CorpusBLEU
+from tx_lightning.sharding import whole
 from tx_lightning.tasks.task import Task
 
 
@@ -160,13 +162,15 @@ class Recorder(Callback):
 
     `batches-<rank>.jsonl` has a line (epoch, step, positions in the split) for each micro-batch;
     `recorded-<rank>.pt`, written at the end, `gradients`, before clipping, and `norms`, which
-    clipping saw, of each optimizer step, and `evaluated`, the examples of each validation.
+    clipping saw, of each optimizer step, `evaluated`, the examples of each validation, and `held`,
+    how many parameters this process has.
     """
 
     def __init__(self) -> None:
         self.gradients: list[Tensor] = []
         self.norms: list[float] = []
         self.evaluated: list[tuple[int, list[int]]] = []
+        self.held = 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -180,8 +184,10 @@ class Recorder(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
-        found = [p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]
+        parameters = list(pl_module.parameters())
+        found = [whole(p.grad).flatten() for p in parameters if p.grad is not None]
         self.gradients.append(torch.cat(found).clone())
+        self.held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
@@ -199,6 +205,7 @@ class Recorder(Callback):
             "gradients": self.gradients,
             "norms": self.norms,
             "evaluated": self.evaluated,
+            "held": self.held,
         }
         torch.save(kept, folder / f"recorded-{trainer.global_rank}.pt")
 

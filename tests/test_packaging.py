@@ -57,7 +57,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": set(),
     "schedules": set(),
     **dict.fromkeys(FILES, FILES),
-    "tasks": PARTS | {"checkpoints"},
+    "sharding": set(),
+    "tasks": PARTS | {"checkpoints", "sharding"},
     "callbacks": PARTS | FILES | {"tasks"},
     "weights": {"nn", "models", "data"} | FILES,  # tasks are named by their class path
 }

@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.distributed.fsdp import FSDPModule
 
 from tx_lightning.callbacks.modes import mode
 from tx_lightning.data.batches import Batch
@@ -51,8 +52,12 @@ class LongestBatch(Callback):
                 trainer.precision_plugin.forward_context(),
             ):
                 loss = pl_module(trainer.strategy.batch_to_device(batch)).loss
-                # Unlike backward(), it leaves .grad alone and starts no exchange among processes.
-                torch.autograd.grad(loss, parameters, allow_unused=True)
+                if isinstance(pl_module, FSDPModule):  # shards have no gradient without it
+                    loss.backward()
+                    pl_module.zero_grad()
+                else:
+                    # Unlike backward(), it leaves .grad alone and starts no exchange.
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -115,7 +116,8 @@ def clip_gradients(
     if algorithm == "value" and max_norm is not None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grad_value_(parameters, max_norm)
-        return norm
-    return torch.nn.utils.clip_grad_norm_(
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = torch.nn.utils.clip_grad_norm_(
         parameters, float("inf") if max_norm is None else max_norm
     )
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
@@ -20,6 +21,7 @@ from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
 from tx_lightning.losses import TokenLoss
+from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
 
 B = TypeVar("B", bound=Batch)
@@ -123,6 +125,21 @@ class Task(LightningModule, Generic[B]):
         """Take the tokenizers of the data that the trainer was given."""
         self.attach(self.trainer.datamodule.tokenizers)  # type: ignore[attr-defined]
 
+    def configure_model(self) -> None:
+        """Shard the parameters where the strategy asks for it.
+
+        Raises:
+            ValueError: When it is another strategy of that kind, whose checkpoints are not ours.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, Sharded):
+            shard(self, strategy.device_mesh["data_parallel"])
+        elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+            raise ValueError(
+                f"trainer.strategy: {type(strategy).__name__} writes checkpoints that nothing here "
+                "reads; use tx_lightning.sharding.Sharded (experiments/trainer/fsdp.yaml)"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that using the weights needs: settings and tokenizers."""
         tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
@@ -211,6 +228,30 @@ class Task(LightningModule, Generic[B]):
         return step % max(1, every) == 0
 
     # Evaluation.
+
+    def on_validation_start(self) -> None:
+        """Let every process evaluate at its own pace, and the first one show examples."""
+        gather(self)
+
+    def on_validation_end(self) -> None:
+        """Go on with shards: callbacks have done what they do here."""
+        scatter(self)
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        gather(self)
+
+    def on_test_end(self) -> None:
+        """As in validation."""
+        scatter(self)
+
+    def on_predict_start(self) -> None:
+        """As in validation."""
+        gather(self)
+
+    def on_predict_end(self) -> None:
+        """As in validation."""
+        scatter(self)
 
     def log_scores(self, split: str, scores: nn.Module, values: Mapping[str, Tensor]) -> None:
         """Log the scores of an evaluation and begin the next from nothing.
