@@ -194,3 +194,10 @@ def test_a_run_does_not_start_again_when_none_of_its_checkpoints_loads(tmp_path:
     (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoints"):
         checkpoints.newest_checkpoint(tmp_path)
+
+
+def test_a_folder_of_shards_is_not_passed_over(tmp_path: Path) -> None:
+    """Else a run of which there is nothing else would begin anew."""
+    (tmp_path / "last.ckpt").mkdir()
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is a folder, not one of ours"):
+        checkpoints.newest_checkpoint(tmp_path)

@@ -127,6 +127,7 @@ def test_there_are_experiments_and_overlays() -> None:
     assert {path.name for path in OVERLAYS} >= {
         "cpu.yaml",
         "ddp.yaml",
+        "fsdp.yaml",
         "debug.yaml",
         "gpu.yaml",
         "multi_node.yaml",

@@ -192,7 +192,10 @@ def resumable_checkpoints(
     """
     found: list[tuple[int, int, Path]] = []
     faults: list[CheckpointError] = []
-    for path in sorted(p for p in folder.rglob("*.ckpt") if p.is_file() or p.is_symlink()):
+    for path in sorted(folder.rglob("*.ckpt")):
+        if path.is_dir():
+            faults.append(CheckpointError(f"checkpoint {path} is a folder, not one of ours"))
+            continue
         try:
             checkpoint = read_checkpoint(path, lazily=True)
         except CheckpointError as error:
