@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import wandb_file
-from tx_lightning.loggers import MetricsFile, WandB, read_metrics, wandb_mode
+from tx_lightning.loggers import MetricsFile, WandB, best_values, read_metrics, wandb_mode
+from tx_lightning.runs import rewind, sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,20 +29,27 @@ def test_each_row_is_in_the_file_at_once(tmp_path: Path) -> None:
 
 def test_rewinding_drops_the_rows_that_will_be_made_again(tmp_path: Path) -> None:
     logger = MetricsFile(tmp_path)
-    assert logger.size() == 0
-    logger.rewind(5)  # nothing there yet
+    samples = tmp_path / "samples" / "val.jsonl"
+    samples.parent.mkdir()
+    assert sizes(tmp_path) == {}
+    rewind(tmp_path, {})  # nothing there yet
     assert not logger.path.exists()
-    sizes = {}
+    at = {}
     for step in range(1, 10):
         logger.log_metrics({"train/loss": float(step)}, step=step)
-        sizes[step] = logger.size()
+        at[step] = sizes(tmp_path)
+        with samples.open("a") as file:
+            file.write(f"{step}\n")
     with logger.path.open("a") as file:
         file.write('{"step": 3, "train/l')  # as a kill leaves it
-    logger.rewind(sizes[9] + 1000)
-    logger.rewind(sizes[5])
+    rewind(tmp_path, {name: size + 1000 for name, size in at[9].items()})
+    rewind(tmp_path, at[5])
     assert [row["step"] for row in read_metrics(logger.path)] == [1, 2, 3, 4, 5]
+    assert samples.read_text() == "1\n2\n3\n4\n"
     logger.log_metrics({"train/loss": 6.5}, step=6)
     assert read_metrics(logger.path)[-1]["train/loss"] == 6.5
+    rewind(tmp_path, at[1])
+    assert samples.read_text() == ""
 
 
 @pytest.fixture
@@ -122,14 +130,15 @@ def test_a_resumed_run_keeps_its_id_and_says_how_to_upload_it(
 
 
 def test_the_history_survives_a_kill(tmp_path: Path) -> None:
-    """A killed process loses what is younger than the flush interval, not fifteen seconds."""
+    """A killed process loses at most the last row, at a hundred rows a second."""
     program = (
         "import os, signal, sys, time; from pathlib import Path\n"
         "from tx_lightning.loggers import WandB\n"
-        "logger = WandB(mode='offline', flush_seconds=0.2)\n"
+        "logger = WandB(mode='offline')\n"
         "logger.open_in(Path(sys.argv[1]), 'fit')\n"
-        "for step in range(20): logger.log_metrics({'train/loss': 1.0}, step=step)\n"
-        "time.sleep(2)\n"
+        "for step in range(100):\n"
+        "    logger.log_metrics({'train/loss': 1.0}, step=step)\n"
+        "    time.sleep(0.1 if step == 98 else 0.01)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(
@@ -139,4 +148,10 @@ def test_the_history_survives_a_kill(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == -signal.SIGKILL
-    assert len(wandb_file.read(tmp_path, killed=True).history) == 20
+    assert len(wandb_file.read(tmp_path, killed=True).history) >= 99
+
+
+def test_the_best_of_each_metric_is_found() -> None:
+    rows = [{"val/bleu": 1.0, "val/loss": 3.0}, {"val/loss": 2.0, "step": 4}, {"val/bleu": 0.5}]
+    assert best_values(rows) == {"val/bleu": 1.0, "val/loss": 2.0}
+    assert best_values([]) == {}

@@ -47,6 +47,7 @@ FILES = {
     "loggers",
     "runs",
     "provenance",
+    "wandb_files",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "nn": set(),

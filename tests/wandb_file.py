@@ -1,17 +1,12 @@
-"""Reads the `.wandb` file of an offline run: records of a log in blocks of 32 KiB."""
+"""What the `.wandb` files of an offline run say, as one."""
 
 import json
-import struct
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wandb.proto import wandb_internal_pb2
-
-BLOCK = 32768
-HEADER = 7  # checksum (4 bytes), length (2), kind (1): of a block's record, and of the file
+from tx_lightning.wandb_files import records, segments
 
 
 @dataclass
@@ -45,45 +40,22 @@ def read(run_folder: Path, *, killed: bool = False) -> WandbFile:
         killed: Whether the process was killed; of others the end is waited for, since the service
             of wandb writes it after `finish` has returned.
     """
-    paths = sorted(run_folder.glob("wandb/offline-run-*/run-*.wandb"))
+    paths = segments(run_folder)
     assert paths, f"no .wandb file in {run_folder}"
     deadline = time.monotonic() + 30
-    while not killed and not all(_is_complete(path) for path in paths):
+    while not killed and not all(is_complete(path) for path in paths):
         assert time.monotonic() < deadline, f"a run in {run_folder} has not ended"
         time.sleep(0.05)
     run = WandbFile()
     for path in paths:
-        for record in records(path):
+        for _, record in records(path):
             _add(run, record)
     return run
 
 
-def _is_complete(path: Path) -> bool:
-    return any(record.WhichOneof("record_type") == "exit" for record in records(path))
-
-
-def records(path: Path) -> Iterator[Any]:
-    """The records of one file, up to where a kill tore it."""
-    data = path.read_bytes()
-    assert data[:4] == b":W&B"
-    assert struct.unpack("<HB", data[4:HEADER]) == (0xBEE1, 0)
-    position, body = HEADER, b""
-    while position + HEADER <= len(data):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:  # padding
-            position += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
-        part = data[position + HEADER : position + HEADER + length]
-        if kind == 0 or len(part) < length:
-            return
-        body += part
-        position += HEADER + length
-        if kind in (1, 4):  # whole, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(body)
-            body = b""
-            yield record
+def is_complete(path: Path) -> bool:
+    """Whether the service of wandb has written the end of a run."""
+    return any(record.WhichOneof("record_type") == "exit" for _, record in records(path))
 
 
 def _add(run: WandbFile, record: Any) -> None:

@@ -27,6 +27,8 @@ _DROPPED = {
     "loops",
     "metrics",
     "metrics_size",
+    "sizes",
+    "wandb_rows",
     "train_sums",
 }
 

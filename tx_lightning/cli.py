@@ -45,10 +45,19 @@ from tx_lightning.configuration import differences, given, without_option
 from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError, one_line
-from tx_lightning.loggers import MetricsFile, WandB
+from tx_lightning.loggers import MetricsFile, WandB, read_metrics
 from tx_lightning.nn.linear import MatmulPrecision, set_matmul_precision
 from tx_lightning.pretrained import Pretrained, initialize, tokenizers_of
-from tx_lightning.runs import CHECKPOINTS, CONFIG, is_first_process, run_folder, shown
+from tx_lightning.runs import (
+    APPENDED,
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    is_first_process,
+    rewind,
+    run_folder,
+    shown,
+)
 from tx_lightning.tasks.task import Task
 
 LINKS = {
@@ -446,14 +455,20 @@ class CommandLine(LightningCLI):
             go_on = f"tx-lightning fit --resume {shown(self.folder)}"
             print(f"after an interruption, go on with: {go_on}", flush=True)
             return
-        size = 0
-        metrics = MetricsFile(self.folder)
+        rows: int | None = 0
+        lengths: dict[str, int] = {}
         if self.checkpoint is None:
             print("no checkpoint was written yet: starting from the beginning", flush=True)
         else:
             checkpoint = read_checkpoint(self.checkpoint, lazily=True)
-            size = checkpoint.get("metrics_size", metrics.size())  # older ones do not say
-        metrics.rewind(size)
+            older = {METRICS: checkpoint.get("metrics_size", sys.maxsize)}  # or does not say
+            lengths = checkpoint.get("sizes", dict.fromkeys(APPENDED, sys.maxsize) | older)
+            rows = checkpoint.get("wandb_rows")
+        rewind(self.folder, lengths)
+        metrics = self.folder / METRICS
+        for logger in trainer.loggers:
+            if isinstance(logger, WandB):
+                logger.go_on(rows, read_metrics(metrics) if metrics.exists() else [])
 
 
 def _parser_options(run: bool) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import json
 import netrc
 import os
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from tx_lightning.runs import METRICS, shown
+from tx_lightning.wandb_files import UnknownFormat, has_numbers, keep_history
 
 Mode = Literal["online", "offline", "disabled"]
 BEST = {
@@ -68,15 +70,6 @@ class MetricsFile(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """The configuration stands in config.yaml beside the file."""
 
-    def size(self) -> int:
-        """Bytes written so far, which a checkpoint remembers."""
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def rewind(self, size: int) -> None:
-        """Drop the rows after the first `size` bytes: training goes on from there."""
-        if self.size() > size:
-            os.truncate(self.path, size)
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a last line that a kill tore."""
@@ -88,8 +81,11 @@ class WandB(WandbLogger):
     """Weights & Biases: online, offline or disabled, into the run folder.
 
     The run holds the resolved configuration (nested), the number of parameters, the statistics of
-    the data and the signatures of the metrics. `val/bleu` is summarized by its maximum. A killed
-    process loses at most `flush_seconds` of history. When a run is resumed its id is kept.
+    the data and the signatures of the metrics. `val/bleu` is summarized by its maximum.
+
+    When a run is resumed its id is kept, and its history has no step twice and no gap: offline, the
+    files of earlier starts are cut to where training goes on from, and what a kill was faster than
+    to write is taken from metrics.jsonl; online, rows that the server has are not sent again.
 
     Args:
         project: The project of the run.
@@ -101,6 +97,9 @@ class WandB(WandbLogger):
         tags: Labels of the run.
         notes: A longer description of the run.
         flush_seconds: How long history may wait in memory before it is on disk.
+
+    Attributes:
+        rows: Rows of history so far, those of earlier starts included.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class WandB(WandbLogger):
         group: str | None = None,
         tags: list[str] | None = None,
         notes: str | None = None,
-        flush_seconds: float = 1.0,
+        flush_seconds: float = 0.05,
     ) -> None:
         super().__init__(
             project=project, name=name, entity=entity, group=group, tags=tags, notes=notes
@@ -121,6 +120,9 @@ class WandB(WandbLogger):
         self.mode: Mode = wandb_mode() if mode == "auto" else mode
         self._asked = mode != "auto" or bool(os.environ.get("WANDB_MODE"))
         self._flush_seconds = flush_seconds
+        self.rows = 0
+        self._missing: list[dict[str, Any]] = []
+        self._resumed = False
 
     def open_in(self, folder: Path, job_type: str) -> None:
         """Write below a run folder, and take up the id that an earlier start left there.
@@ -143,6 +145,36 @@ class WandB(WandbLogger):
             "job_type": job_type,
         }
 
+    def go_on(self, rows: int | None, metrics: Sequence[dict[str, Any]]) -> None:
+        """Take up the history of a run that is resumed.
+
+        Args:
+            rows: `rows` when the checkpoint was written; None: it does not say.
+            metrics: The rows of metrics.jsonl up to there.
+        """
+        self._resumed = True
+        if self.mode != "offline":
+            self.rows = rows or 0
+            return
+        try:
+            kept = keep_history(Path(str(self._save_dir)), sys.maxsize if rows is None else rows)
+        except (UnknownFormat, OSError) as error:
+            print(f"W&B: steps that are taken again are written twice: {error}", file=sys.stderr)
+            self.rows = rows or 0
+            return
+        self.rows = len(kept)
+        if rows is not None:
+            self._missing = list(metrics[sum(map(has_numbers, kept)) :])
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row to the history; of a resumed run, not what the server has already."""
+        run = self.experiment
+        number, self.rows = self.rows, self.rows + 1
+        if number >= run.starting_step:
+            place = {} if step is None else {"trainer/global_step": step}
+            run.log({**metrics, **place}, step=number, commit=True)
+
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
@@ -162,6 +194,10 @@ class WandB(WandbLogger):
             run.define_metric(metric, summary=summary, step_metric="trainer/global_step")
         if self.mode == "disabled":
             return
+        missing, self._missing = self._missing, []
+        for row in missing:
+            names = row.keys() - {"step", "time"}
+            self.log_metrics({name: row[name] for name in names}, step=row["step"])
         self._id_file.parent.mkdir(exist_ok=True)
         self._id_file.write_text(f"{run.id}\n")
         if self.mode == "online":
@@ -174,9 +210,26 @@ class WandB(WandbLogger):
     @rank_zero_only
     def finish(self, *, failed: bool) -> None:
         """Close the run, so that everything is on disk or uploaded."""
-        if self._experiment is not None:
-            self._experiment.finish(exit_code=int(failed))
-            self._experiment = None
+        run: Any = self._experiment
+        if run is None:
+            return
+        path = Path(str(self._save_dir)) / METRICS
+        if self._resumed and self.mode == "offline" and path.exists():
+            # Each start has a summary of its own, which should know the best of those before it.
+            best = best_values(read_metrics(path))
+            run.summary.update({name: {BEST[name]: value} for name, value in best.items()})
+        run.finish(exit_code=int(failed))
+        self._experiment = None
+
+
+def best_values(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The best value of each metric of `BEST` in rows of metrics."""
+    found: dict[str, float] = {}
+    for row in metrics:
+        for name in BEST.keys() & row.keys():
+            better = max if BEST[name] == "max" else min
+            found[name] = better(found.get(name, row[name]), row[name])
+    return found
 
 
 def wandb_mode() -> Mode:

@@ -5,6 +5,7 @@ It holds config.yaml, metrics.jsonl, checkpoints/, wandb/ and what callbacks wri
 
 import itertools
 import os
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in i
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
+# Files that training appends to; a checkpoint remembers how long they were.
+APPENDED = (METRICS, "samples/val.jsonl")
 FOLDER_VARIABLE = "TX_LIGHTNING_RUN_FOLDER"  # how a process tells those that Lightning starts
 
 _stores: list[TCPStore] = []  # kept open: torch.distributed meets at the same address afterwards
@@ -50,6 +53,24 @@ def new_folder(parent: Path) -> Path:
             raise
         return folder
     raise AssertionError("unreachable")
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """The bytes that a run has appended to each of its files so far."""
+    files = {name: folder / name for name in APPENDED}
+    return {name: path.stat().st_size for name, path in files.items() if path.exists()}
+
+
+def rewind(folder: Path, lengths: Mapping[str, int]) -> None:
+    """Drop what was appended after a checkpoint: training goes on from there.
+
+    Args:
+        folder: The run folder.
+        lengths: `sizes` at that time.
+    """
+    for name, size in sizes(folder).items():
+        if size > lengths.get(name, 0):
+            os.truncate(folder / name, lengths.get(name, 0))
 
 
 def is_first_process() -> bool:

@@ -5,9 +5,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tx_lightning.loggers import MetricsFile
+from tx_lightning.loggers import WandB
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF
 from tx_lightning.provenance import add_start, provenance
+from tx_lightning.runs import sizes
 
 
 @runtime_checkable
@@ -32,7 +33,8 @@ class RunRecord(Callback):
     signatures of BLEU and chrF. A checkpoint written at the step of a validation receives
     `checkpoint["metrics"]`, by which `tx-lightning average --best` ranks. Where the run comes from
     (`tx_lightning.provenance`) stands in the run folder and in `checkpoint["provenance"]`; and
-    `checkpoint["metrics_size"]` is how much of metrics.jsonl stands when training goes on from it.
+    `checkpoint["sizes"]` and `checkpoint["wandb_rows"]` are how much of metrics, samples and W&B's
+    history stands when training goes on from it.
 
     Args:
         config: The resolved configuration, nested, of plain values.
@@ -72,7 +74,9 @@ class RunRecord(Callback):
         if self._step == trainer.global_step:
             checkpoint["metrics"] = self._metrics
         checkpoint["provenance"] = self._provenance
-        checkpoint["metrics_size"] = MetricsFile(self.folder).size()
+        checkpoint["sizes"] = sizes(self.folder)
+        rows = [logger.rows for logger in trainer.loggers if isinstance(logger, WandB)]
+        checkpoint["wandb_rows"] = rows[0] if rows else None
 
     def _tell(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
