@@ -42,7 +42,8 @@ def test_killed_in_shards_and_resumed_to_the_last_bit(tmp_path: Path) -> None:
     finish(tmp_path / "whole" / "run", file, in_shards())
     there, run = tmp_path / "run.yaml", tmp_path / "run"
     there.write_text(file.read_text())
-    die(start(run, there, in_shards(), kill_at="saving:26"), tmp_path)
+    # In the last validation before a save, so that the next start begins with a validation.
+    die(start(run, there, in_shards(), kill_at="validation:20"), tmp_path)
     finish(run, there, [])
     assert_same(run, tmp_path / "whole" / "run")
     task = load_task(run / "checkpoints" / "last.ckpt")

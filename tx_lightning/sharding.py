@@ -110,6 +110,9 @@ def gather(module: nn.Module) -> None:
     Without this each forward pass is an exchange among all processes, and evaluation has different
     numbers of them on each.
     """
+    if isinstance(module, FSDPModule):
+        # Before any forward pass; else the first layer to be called takes itself for the root.
+        module._get_fsdp_state()._lazy_init()
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_reshard_after_forward(False, recurse=False)
