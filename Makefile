@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 # Two worker processes with one thread each: threads of torch in small tests only get in each
 # other's way.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --quiet
 
 # Minutes each: runs that are killed at random, and what else takes long. One after the other, so
 # that the kills come when they should.

@@ -78,6 +78,7 @@ def start(
         "KILL_AT": kill_at,
         "PAUSE": str(pause),
     }
+    environment.pop("WANDB_SERVICE", None)  # of the process of the tests, which outlives a kill
     with (file.parent / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tx_lightning", *command],

@@ -1,6 +1,7 @@
 """What a corpus costs does not grow with it, but for the time to tokenize it."""
 
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,16 @@ def test_an_epoch_is_planned_and_read(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_peak_memory_is_that_of_a_process() -> None:
-    before = peak_memory(os.getpid())
-    held = bytearray(os.urandom(1)) * (100 << 20)
-    assert peak_memory(os.getpid()) > before
-    assert len(held) == 100 << 20
-    assert peak_memory(2**22 + 1) == 0  # there is no such process
+    program = "held = bytearray(b'1') * (100 << 20); print(len(held), flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        found = peak_memory(process.pid)
+        process.communicate(b"\n")
+    assert 100 < found < 150
+    assert peak_memory(process.pid) == 0
 
 
 @pytest.mark.slow
