@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from tests.tasks.test_translation import Gradients, SaveAt, make_trainer
@@ -409,3 +411,25 @@ def test_data_of_another_task_is_refused(tmp_path: Path) -> None:
         ValueError, match="Classification needs ClassificationData, not Translation"
     ):
         make_trainer(tmp_path).validate(make_task(), translation_data())
+
+
+class Buffers(Callback):
+    """Whether the processes would send each other the buffers before a step."""
+
+    sent: bool | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        wrapped = trainer.strategy.model
+        assert isinstance(wrapped, DistributedDataParallel)
+        assert list(wrapped.buffers())
+        self.sent = wrapped.will_sync_module_buffers()
+
+
+def test_buffers_are_not_sent_in_training(tmp_path: Path) -> None:
+    buffers = Buffers()
+    trainer = make_trainer(tmp_path, max_steps=1, devices=1, strategy="ddp", callbacks=[buffers])
+    try:
+        trainer.fit(make_task(class_weights=[3.0, 0.2, 1.0]), make_data())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert buffers.sent is False

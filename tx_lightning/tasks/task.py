@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
 
@@ -168,6 +169,12 @@ class Task(LightningModule, Generic[B]):
         )
 
     # Training.
+
+    def on_train_start(self) -> None:
+        """Spare several processes an exchange before each step: no buffer changes in training."""
+        wrapped = self.trainer.strategy.model
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.broadcast_buffers = False
 
     def on_train_batch_start(self, batch: B, batch_idx: int) -> None:
         """Make this batch's dropout a function of its place in the run."""
