@@ -21,8 +21,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --quiet
 
-# Minutes each: runs that are killed at random, and what else takes long. One after the other, so
-# that the kills come when they should.
+# Most of an hour: runs that are killed at random, two hosts, ten million pairs. One after the other,
+# so that the kills come when they should.
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --quiet
 
