@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from tests import wandb_file
 from tests.stand_ins import TinyTask
-from tx_lightning import __version__, cli
+from tx_lightning import __version__, cli, commands
 from tx_lightning.__main__ import VERBS, main
 from tx_lightning.callbacks.progress_bar import ProgressBar
 from tx_lightning.checkpoints import load_task, read_checkpoint
@@ -352,7 +352,7 @@ def test_what_a_run_told_wandb_can_be_read_back(
 
 
 def test_every_class_of_the_package_has_its_short_name() -> None:
-    cli.import_classes()
+    commands.import_classes()
     for module in Path(cli.__file__).parent.rglob("*.py"):
         relative = module.relative_to(ROOT).with_suffix("")
         name = ".".join(relative.parts).removesuffix(".__init__")

@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
     collecting = gc.isenabled()
     gc.disable()  # importing allocates much and frees nothing; collecting meanwhile costs a second
     try:
-        from tx_lightning.cli import run
+        from tx_lightning.commands import run
     finally:
         if collecting:
             gc.enable()

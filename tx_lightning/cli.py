@@ -7,11 +7,9 @@ cannot be set apart from them: the model's `vocab_size` from the data's, the dat
 """
 
 import contextlib
-import importlib
 import json
 import logging
 import os
-import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -27,10 +25,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as Bar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-import tx_lightning
 from tx_lightning import __version__
 from tx_lightning.callbacks.due_validation import DueValidation
-from tx_lightning.callbacks.graceful_stop import GracefulStop, Interrupted
+from tx_lightning.callbacks.graceful_stop import GracefulStop
 from tx_lightning.callbacks.predictions import PredictionWriter
 from tx_lightning.callbacks.progress_bar import ProgressBar
 from tx_lightning.callbacks.run_record import RunRecord
@@ -44,7 +41,7 @@ from tx_lightning.checkpoints import (
 from tx_lightning.configuration import differences, given, without_option
 from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
-from tx_lightning.errors import ConfigurationError, one_line
+from tx_lightning.errors import ConfigurationError
 from tx_lightning.loggers import MetricsFile, WandB, read_metrics
 from tx_lightning.nn.linear import MatmulPrecision, set_matmul_precision
 from tx_lightning.pretrained import Pretrained, initialize, tokenizers_of
@@ -482,73 +479,6 @@ def _parser_options(run: bool) -> dict[str, Any]:
 def _has_class(values: dict[str, Any], key: str) -> bool:
     """Whether the words or files name a class for a section."""
     return bool(values.get(key) or values.get(f"{key}.class_path"))
-
-
-def run(words: Sequence[str]) -> int:
-    """Carry out a command and return its exit status: 1 for an error, 2 for a wrong configuration.
-
-    Args:
-        words: The words of the command, the verb first.
-    """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a class of one's own in the folder where one works
-    try:
-        return _dispatch(words)
-    except Interrupted as stop:
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 1
-    except Exception as error:
-        refused = isinstance(error, ConfigurationError)
-        line = str(error) if refused else one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return 2 if refused else 1
-
-
-def _dispatch(words: Sequence[str]) -> int:
-    if words[0] == "translate":
-        from tx_lightning.translate import main
-
-        return main(words[1:])
-    if words[0] == "generate":
-        from tx_lightning.generate import main
-
-        return main(words[1:])
-    if words[0] == "classify":
-        from tx_lightning.classify import main
-
-        return main(words[1:])
-    if words[0] == "average":
-        from tx_lightning.averaging import main
-
-        return main(words[1:])
-    if words[0] == "reproduce":
-        from tx_lightning import reproduce
-
-        import_classes()
-        return reproduce.main(words[1:], CommandLine)
-    if words[0] == "import":
-        from tx_lightning.weights.import_verb import main
-
-        return main(words[1:])
-    if words[0] == "export":
-        from tx_lightning.weights.export_verb import main
-
-        return main(words[1:])
-    import_classes()
-    CommandLine(words)
-    return 0
-
-
-def import_classes() -> None:
-    """Import every module of the package, so that its classes are known by their short names."""
-    for module in pkgutil.walk_packages(tx_lightning.__path__, "tx_lightning."):
-        if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
 
 
 def _silence_libraries() -> None:
