@@ -1,5 +1,6 @@
 """The classification task against hand-made sums: exact loss, exact resume, labels, files."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -426,10 +427,12 @@ class Buffers(Callback):
 
 
 def test_buffers_are_not_sent_in_training(tmp_path: Path) -> None:
-    buffers = Buffers()
+    buffers, environment = Buffers(), dict(os.environ)
     trainer = make_trainer(tmp_path, max_steps=1, devices=1, strategy="ddp", callbacks=[buffers])
     try:
         trainer.fit(make_task(class_weights=[3.0, 0.2, 1.0]), make_data())
     finally:
         torch.distributed.destroy_process_group()
+        os.environ.clear()  # Lightning tells its other processes who they are, and so all others
+        os.environ.update(environment)
     assert buffers.sent is False
