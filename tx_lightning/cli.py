@@ -146,8 +146,8 @@ class CommandLine(LightningCLI):
             "--on_divergence",
             type=OnDivergence,
             default="stop",
-            help="What fit does when a loss or gradient norm that is logged is NaN or infinite: stop "
-            "ends the run with an error, ignore trains on.",
+            help="What fit does when a logged loss or gradient norm is NaN or infinite: stop ends "
+            "the run with an error, ignore trains on.",
         )
         parser.add_argument(
             "--test_after",

@@ -14,7 +14,12 @@ from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    Timer,
+)
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
     _LoggerConnector,
@@ -123,6 +128,12 @@ class StopWhenDiverged(Callback):
                 held: Any = callback
                 held.check_monitor_top_k = partial(_is_among_the_best, callback)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A search with such weights finds nothing, which would be the first that is said of it.
+        if trainer.state.fn == "fit":
+            bad = [name for name, p in pl_module.named_parameters() if not p.isfinite().all()]
+            self._check(trainer, pl_module, dict.fromkeys(bad[:1], math.nan))
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         task: Any = pl_module
         step, metrics = task.logged
@@ -171,11 +182,12 @@ def _last_good(trainer: Trainer) -> Path | None:
     return None
 
 
-class ResumedSettings(Callback):
-    """Lets the configuration hold in a resumed run where Lightning restores an old setting.
+class TrainerSettings(Callback):
+    """Lets the configuration of the trainer hold, or refuses it in one line.
 
     Raises:
-        ConfigurationError: `trainer.max_time` was used up before.
+        ConfigurationError: `trainer.max_time` was used up before a run is resumed, or a callback
+            contradicts how steps are split.
     """
 
     def __init__(self) -> None:
@@ -186,6 +198,12 @@ class ResumedSettings(Callback):
             self._patience = {s: s.patience for s in _callbacks(trainer, EarlyStopping)}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _callbacks(trainer, GradientAccumulationScheduler):
+            raise ConfigurationError(
+                "GradientAccumulationScheduler has no meaning here: data.batch_tokens is the size "
+                "of an optimizer step however it is split; use trainer.accumulate_grad_batches to "
+                "split it, and data.batch_tokens to make it larger"
+            )
         for stopper, patience in self._patience.items():
             stopper.patience = patience
         for timer in _callbacks(trainer, Timer):
@@ -196,6 +214,13 @@ class ResumedSettings(Callback):
                     f"trainer.max_time ({limit}) is used up: this run has trained for "
                     f"{timedelta(seconds=round(timer._offset))} already; raise it to train on"
                 )
+
+
+def monitored(trainer: Trainer) -> list[str]:
+    """The metrics by which callbacks choose checkpoints and stop training."""
+    stoppers, savers = _callbacks(trainer, EarlyStopping), _callbacks(trainer, ModelCheckpoint)
+    names = [*(s.monitor for s in stoppers), *(s.monitor for s in savers)]
+    return [name for name in names if name is not None]
 
 
 def _callbacks(trainer: Any, kind: type[C]) -> list[C]:

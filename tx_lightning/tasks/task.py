@@ -22,13 +22,15 @@ from torchmetrics import Metric
 from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
+from tx_lightning.errors import ConfigurationError
 from tx_lightning.losses import TokenLoss
 from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.companions import (
     PlateauSteps,
-    ResumedSettings,
     StepNumbers,
     StopWhenDiverged,
+    TrainerSettings,
+    monitored,
 )
 from tx_lightning.tasks.resuming import hold_configuration
 from tx_lightning.tasks.steps import (
@@ -111,6 +113,7 @@ class Task(LightningModule, Generic[B]):
         self._parts_seen = 0  # micro-batches of this step so far
         self._step_tokens = 0  # that the losses of this step were divided by
         self._grad_norm: Tensor | None = None
+        self._monitored = False  # whether a callback needs the loss or norm of every step
         freeze_parameters(network, freeze)
 
     # What a task decides.
@@ -206,7 +209,7 @@ class Task(LightningModule, Generic[B]):
             self._take_train_sums(checkpoint["train_sums"])
         if "logged" in checkpoint:
             step, metrics = checkpoint["logged"]
-            log_metrics(self.trainer, metrics, step, loggers=False)
+            self.logged = step, dict(metrics)
 
     def _take_train_sums(self, sums: list[float]) -> None:
         """Go on from the sums over all processes, which the first one has from now on."""
@@ -216,8 +219,39 @@ class Task(LightningModule, Generic[B]):
     def configure_callbacks(self) -> list[Callback]:
         """Bring what training needs, unless the trainer has it already."""
         there = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
-        own = [StepNumbers(), PlateauSteps(), StopWhenDiverged(), ResumedSettings()]
+        own = [StepNumbers(), PlateauSteps(), StopWhenDiverged(), TrainerSettings()]
         return [callback for callback in own if type(callback) not in there]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that the schedule multiplies, where Lightning's `LearningRateFinder`
+        looks for it; setting it changes the rate of the optimizer that training uses.
+
+        Raises:
+            ConfigurationError: When it is set and layers have rates of their own.
+        """
+        group = self._optimizers()[0].param_groups[0]
+        rate: float = group.get("initial_lr", group["lr"])
+        return rate
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        if self.layer_decay is not None:
+            raise ConfigurationError(
+                "LearningRateFinder sets one rate for all layers, but model.layer_decay is "
+                f"{self.layer_decay}: leave out one of them"
+            )
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = rate
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            schedule.base_lrs = [rate for _ in schedule.base_lrs]
+
+    def _optimizers(self) -> list[Optimizer]:
+        """Those of the trainer, or new ones where there is none yet."""
+        attached = [] if self._trainer is None else self.trainer.optimizers
+        return list(attached) or [self.configure_optimizers()["optimizer"]]
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule."""
@@ -228,10 +262,16 @@ class Task(LightningModule, Generic[B]):
     # Training.
 
     def on_train_start(self) -> None:
-        """Spare several processes an exchange before each step: no buffer changes in training."""
+        """Spare several processes an exchange before each step: no buffer changes in training.
+
+        Where a callback monitors the loss of training, it finds it after every step.
+        """
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.broadcast_buffers = False
+        self._monitored = any(name.startswith("train/") for name in monitored(self.trainer))
+        step, metrics = self.logged  # of the checkpoint that training resumes from
+        log_metrics(self.trainer, metrics, step, loggers=False)
 
     def on_train_batch_start(self, batch: B, batch_idx: int) -> None:
         """Make this batch's dropout a function of its place in the run."""
@@ -274,7 +314,8 @@ class Task(LightningModule, Generic[B]):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, and keep the norm for the log."""
-        if gradient_clip_val is not None or self._logs_after(self.trainer.global_step + 1):
+        wanted = self._monitored or self._logs_after(self.trainer.global_step + 1)
+        if gradient_clip_val is not None or wanted:
             self._grad_norm = clip_gradients(
                 self, optimizer, gradient_clip_val, gradient_clip_algorithm
             )
@@ -296,12 +337,15 @@ class Task(LightningModule, Generic[B]):
             before = self._train_sums
             self._train_sums = self._step_sums if before is None else before + self._step_sums
             self._step_sums = None
-        if not self._logs_after(step) or self._train_sums is None or self._grad_norm is None:
+        logs = self._logs_after(step)
+        if not (logs or self._monitored) or self._train_sums is None or self._grad_norm is None:
             return
         loss, tokens = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum").tolist()
-        self._train_sums = None
         metrics = {"train/loss": loss / max(tokens, 1), "train/grad_norm": float(self._grad_norm)}
-        log_metrics(self.trainer, metrics, step)
+        log_metrics(self.trainer, metrics, step, loggers=logs)
+        if not logs:
+            return
+        self._train_sums = None
         self.trainer.progress_bar_metrics["train/loss"] = metrics["train/loss"]
         if gradient_scaler(self.trainer) is not None:
             del metrics["train/grad_norm"]  # infinite whenever the scaler looks for a scale

@@ -15,7 +15,7 @@ from torch.optim import Adam
 from tx_lightning.data.batches import TranslationBatch, padded, row_ids
 from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.data.translation import MOST_TOKENS
-from tx_lightning.decoding import Beam, Decoding, Greedy
+from tx_lightning.decoding import Beam, Decoding, Greedy, NotFinite
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 from tx_lightning.models import EncoderDecoder
@@ -280,6 +280,8 @@ class Translation(Task[TranslationBatch]):
     ) -> list[list[Translated]]:
         """Decode sentences: for each its hypotheses, the best first; for a blank one a blank one.
 
+        Where training goes on after it diverged, all hypotheses are blank.
+
         Args:
             texts: The B sentences.
             source: (B, S), their ids with EOS, padded.
@@ -294,7 +296,12 @@ class Translation(Task[TranslationBatch]):
         if not written:
             return results
         names = [indices[i] for i in written]
-        found = search(self.network, decoding, source, tokenizer, names)
+        try:
+            found = search(self.network, decoding, source, tokenizer, names)
+        except NotFinite:
+            if self.stop_when_diverged:
+                raise
+            return results  # training was told to go on whatever comes
         for i, hypotheses in zip(written, found, strict=True):
             lines = tokenizer.decode_batch([hypothesis.tokens for hypothesis in hypotheses])
             results[i] = [
