@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch.optim import SGD
 
 from tx_lightning import data as sources
@@ -119,3 +120,17 @@ def make_trainer(folder: Path, **options: Any) -> Trainer:
         "limit_val_batches": 0,
     }
     return Trainer(**(quiet | options))
+
+
+class Rows(DummyLogger):
+    """Keeps what is logged, as (step, metrics)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.rows.append((step, metrics))
+
+    def steps(self, name: str) -> list[int | None]:
+        return [step for step, metrics in self.rows if any(n.startswith(name) for n in metrics)]

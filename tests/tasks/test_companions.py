@@ -17,11 +17,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch.optim import SGD, lr_scheduler
 
 from tests import wandb_file
-from tests.small import make, make_trainer, sgd
+from tests.small import Rows, make, make_trainer, sgd
 from tests.test_every_task import configuration
 from tx_lightning.__main__ import main
 from tx_lightning.callbacks import LRWarmup, SampleLogger
@@ -34,20 +33,6 @@ EVERY_STEP: dict[str, Any] = {
     "val_check_interval": 1,
     "check_val_every_n_epoch": None,
 }
-
-
-class Rows(DummyLogger):
-    """Keeps what is logged, as (step, metrics)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append((step, metrics))
-
-    def steps(self, name: str) -> list[int | None]:
-        return [step for step, metrics in self.rows if any(n.startswith(name) for n in metrics)]
 
 
 class Own(Callback):

@@ -58,9 +58,10 @@ def hold_configuration(task: Configured, checkpoint: dict[str, Any]) -> None:
     if schedule is not None and not keeps_rates:
         _forward(schedule, optimizer, checkpoint["global_step"])
     for restored, fresh in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        for key, value in fresh.items():
-            if key != "params" and not (keeps_rates and key in ("lr", "initial_lr")):
-                restored[key] = value
+        kept = {"params", "lr", "initial_lr"} if keeps_rates else {"params"}
+        values = {key: restored[key] for key in kept & restored.keys()}
+        restored.clear()
+        restored.update({**fresh, **values})
     if not keeps_rates:
         checkpoint["lr_schedulers"] = [] if schedule is None else [schedule.state_dict()]
         checkpoint[FROM_CONFIGURATION] = True
