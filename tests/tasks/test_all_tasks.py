@@ -69,6 +69,16 @@ def test_each_precision_trains_and_validates(name: str, precision: str, tmp_path
     assert {p.dtype for p in task.network.parameters()} == {kinds.get(precision, torch.float32)}
 
 
+@pytest.mark.parametrize("name", ["Translation", "Classification", "Tagging"])
+def test_predictions_are_returned(name: str, tmp_path: Path) -> None:
+    task, data = make(name)
+    found = make_trainer(tmp_path).predict(task, datamodule=data)
+    assert found is not None
+    answers = dict(answer for batch in found for answer in batch)
+    assert sorted(answers) == list(range(small.SIZES["n_test"]))
+    assert all(isinstance(best.text, str) for best, *_ in answers.values())
+
+
 # An optimizer step
 
 

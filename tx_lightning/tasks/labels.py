@@ -23,7 +23,7 @@ from tx_lightning.tasks.task import Labels, Task, check_label_smoothing
 B = TypeVar("B", bound=Batch)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning refuses those among predictions
 class Answer:
     """A line of a file of predictions.
 

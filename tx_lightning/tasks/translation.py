@@ -31,7 +31,7 @@ def fused_adam(parameters: Any) -> Adam:
     return Adam(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning refuses those among predictions
 class Translated:
     """One hypothesis for a sentence.
 
