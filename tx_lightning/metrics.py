@@ -32,9 +32,9 @@ class SumMetric(Metric):
     def _apply(
         self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()
     ) -> "SumMetric":
-        super()._apply(fn, exclude_state=list(self.metric_state))
         # An integer is moved like everything else, but never converted.
         device = fn(torch.zeros(0, dtype=torch.int64, device=self.device)).device
+        super()._apply(fn, exclude_state=list(self.metric_state))
         host = device.type == "mps"
         for name, value in self.metric_state.items():
             assert isinstance(value, Tensor)

@@ -360,3 +360,28 @@ def test_a_scale_that_overflows_is_no_divergence(tmp_path: Path) -> None:
     assert not math.isfinite(rows.rows[0][1]["train/grad_norm"])
     for one, other in zip(task.parameters(), before.parameters(), strict=True):
         assert torch.equal(one, other)  # all three steps were skipped
+
+
+# Going on
+
+
+@pytest.mark.parametrize("limit", [1.0, 3, 5])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_checkpoint_saved_after_training_goes_on_bit_by_bit(
+    name: str, limit: float, tmp_path: Path
+) -> None:
+    def fit(steps: int, start: Path | None) -> Task[Any]:
+        task, data = make(name)
+        trainer = make_trainer(tmp_path, max_steps=steps, limit_train_batches=limit)
+        trainer.fit(task, datamodule=data, ckpt_path=start)
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        return task
+
+    whole = fit(8, None)
+    fit(3, None)
+    fit(5, tmp_path / "saved.ckpt")
+    task = fit(8, tmp_path / "saved.ckpt")
+    for (key, weight), other in zip(
+        whole.state_dict().items(), task.state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight, other), key

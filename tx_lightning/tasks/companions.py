@@ -198,6 +198,12 @@ class TrainerSettings(Callback):
             self._patience = {s: s.patience for s in _callbacks(trainer, EarlyStopping)}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        device = trainer.strategy.root_device
+        if device.type == "mps" and trainer.precision == "64-true":
+            raise ConfigurationError(
+                "trainer.precision=64-true: Apple's devices have no float64; use 32-true, or "
+                "trainer.accelerator=cpu"
+            )
         if _callbacks(trainer, GradientAccumulationScheduler):
             raise ConfigurationError(
                 "GradientAccumulationScheduler has no meaning here: data.batch_tokens is the size "
