@@ -301,7 +301,7 @@ class CommandLine(LightningCLI):
             ProgressBar() if isinstance(callback, Bar) and callback not in own else callback
             for callback in trainer.callbacks
         ]
-        if trainer.loggers and not trainer.fast_dev_run:
+        if not trainer.fast_dev_run and not trainer.barebones:
             trainer.loggers = [*trainer.loggers, MetricsFile(self.folder)]
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
@@ -432,9 +432,9 @@ class CommandLine(LightningCLI):
         if maps:
             newest = max(maps, key=lambda path: path.stat().st_mtime)
             print(f"attention map: {shown(newest)}", flush=True)
-        runs = sorted(self.folder.glob("wandb/*run-*"))
-        if runs:
-            print(f"W&B run: {shown(runs[-1])}", flush=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandB) and logger.files is not None:
+                print(f"W&B run: {shown(logger.files)}", flush=True)
 
     def _announce(self) -> None:
         """Say where the run is and how to go on; drop the metrics that will be made again."""
