@@ -284,6 +284,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer in the run's own folder, with what every run has."""
         self.folder = self._make_folder()
+        asked = self._get(self.config_init, "trainer")
+        if asked.barebones and isinstance(asked.logger, WandB):
+            kwargs["logger"] = None  # our default, which Lightning would refuse
         try:
             # Any: Lightning sets attributes of a trainer where type checkers do not see them.
             trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
@@ -296,7 +299,7 @@ class CommandLine(LightningCLI):
         with contextlib.suppress(NotImplementedError):  # strategies that write files of their own
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        own = self._get(self.config_init, "trainer").callbacks or []
+        own = asked.callbacks or []
         trainer.callbacks = [
             ProgressBar() if isinstance(callback, Bar) and callback not in own else callback
             for callback in trainer.callbacks

@@ -2,7 +2,9 @@
 
 import contextlib
 import math
+import os
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -153,7 +155,6 @@ class WandB(WandbLogger):
         self._missing: list[dict[str, Any]] = []
         self._resumed = False
         self._adopted = False
-        self._lost = False
         self._best: dict[str, float] = {}
         self._own_summary = False
         if experiment is not None:
@@ -202,25 +203,23 @@ class WandB(WandbLogger):
         assert self._folder is not None
         folder, run_id = (self._files_folder, self._id) if self._id else (self._folder, None)
         try:
-            self.checkpoints.earlier = logged_files(folder, run_id)
-            if self.mode != "offline":
-                return
-            kept = keep_history(folder, sys.maxsize if rows is None else rows, run_id)
-        except (UnknownFormat, OSError) as error:
             if self.mode == "offline":
-                said = "W&B: steps that are taken again are written twice"
-                print(f"{said}: {error}", file=sys.stderr)
-            return
-        self._rows, self._sent = len(kept), len(kept) + kept.sent
-        if rows is not None:
-            self._missing = list(metrics[sum(map(has_numbers, kept)) :])
+                kept = keep_history(folder, sys.maxsize if rows is None else rows, run_id)
+                self._rows, self._sent = len(kept), len(kept) + kept.sent
+                if rows is not None:
+                    self._missing = list(metrics[sum(map(has_numbers, kept)) :])
+            self.checkpoints.logged = logged_files(folder, run_id)
+        except (UnknownFormat, OSError) as error:
+            again = "steps that are taken again are written twice"
+            said = again if self.mode == "offline" else "checkpoints may be logged again"
+            print(f"W&B: {said}: {error}; it is left as it is", file=sys.stderr)
 
     @property
     def rows(self) -> int:
         """Rows of history so far, those of earlier starts and of the user's own calls included."""
         run: Any = self._experiment
         rows = self._rows
-        if run is not None and not self._adopted and not self._lost and rows >= self._sent:
+        if run is not None and not self._adopted and rows >= self._sent:
             with self._unless_lost():
                 rows = max(rows, run.step)
         return rows
@@ -230,7 +229,7 @@ class WandB(WandbLogger):
         """Add a row to the history; of a resumed run, not what the server has already."""
         run = self.experiment
         number, self._rows = self._rows, self._rows + 1
-        if number < self._sent or self._lost:
+        if number < self._sent:
             return
         row = {self._named(name): value for name, value in metrics.items()}
         if step is not None and not self._wandb_init.get("sync_tensorboard"):
@@ -264,9 +263,8 @@ class WandB(WandbLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         values = vars(params) if isinstance(params, Namespace) else params
-        if not self._lost:
-            with self._unless_lost():
-                super().log_hyperparams(finite(values))
+        with self._unless_lost():
+            super().log_hyperparams(finite(values))
 
     @rank_zero_only
     def log_table(
@@ -283,7 +281,7 @@ class WandB(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The wandb run; it is started when first asked for, and again after `wandb.finish()`."""
-        if self._experiment is None or (_is_finished(self._experiment) and not self._lost):
+        if self._experiment is None or _is_finished(self._experiment):
             self._start()
         return self._experiment
 
@@ -293,6 +291,11 @@ class WandB(WandbLogger):
         self._experiment, self._adopted = None, False
         if wandb.run is not None:
             self._adopt(wandb.run)
+            print(
+                f"W&B: logging to the run in progress, {wandb.run.name or wandb.run.id}; to start "
+                "a new one, call wandb.finish() before the trainer starts",
+                flush=True,
+            )
             return
         remedy = "; without W&B's server: --trainer.logger.mode offline, or WANDB_MODE=offline"
         with one_line_errors("W&B cannot start the run", remedy if self.mode == "online" else ""):
@@ -301,6 +304,8 @@ class WandB(WandbLogger):
             # In mode auto wandb.setup and the answer to a login prompt count as well.
             auto = self.mode == "online" and not self._asked
             self._wandb_init["mode"] = None if auto else self.mode
+            if self.mode != "disabled" and self._wandb_init["dir"] is not None:
+                self._wandb_init["dir"] = _writable(Path(self._wandb_init["dir"]))
             settings = quiet_settings(self._flush_seconds, self._given.get("settings"))
             if self._folder is not None:
                 settings.use_dot_wandb = False  # the run folder has wandb/
@@ -324,7 +329,7 @@ class WandB(WandbLogger):
             self._sent = max(self._sent, run.starting_step) if self._resumed else 0
         missing, self._missing = self._missing, []
         self._goes_on = self.mode == "offline" and max(self._rows, self._sent) > 0
-        if self._resumed:
+        if self._best:  # of an earlier start
             self._own_summary = True
             self._write_summary()
         for row in missing:
@@ -344,17 +349,8 @@ class WandB(WandbLogger):
         self._experiment, self._adopted = run, True
         self._missing, self._sent, self._goes_on = [], 0, False
         self._belongs_to(run)
-        print(
-            f"W&B: logging to the run in progress, {run.name or run.id}; to start a new one, call "
-            "wandb.finish() before the trainer starts",
-            flush=True,
-        )
 
     def _announce(self, run: Any) -> None:
-        wanted = self._wandb_init["dir"]
-        if wanted is not None and Path(wanted) != Path(run.settings.root_dir):
-            found = shown(Path(run.settings.wandb_dir))
-            print(f"W&B: cannot write to {wanted}: its files are in {found}", file=sys.stderr)
         if self.mode == "online":
             print(f"W&B: {run.url}", flush=True)
             return
@@ -370,18 +366,16 @@ class WandB(WandbLogger):
     @contextlib.contextmanager
     def _unless_lost(self) -> Iterator[None]:
         """Go on without W&B when its service has ended: metrics.jsonl has what it misses."""
-        from wandb.sdk.mailbox import MailboxClosedError
+        from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
         try:
             yield
-        except (ConnectionError, MailboxClosedError) as error:
-            self._lost = True
-            print(
-                f"W&B's service has ended ({' '.join(str(error).split())}): the run goes on "
-                "without it; metrics.jsonl has every row",
-                file=sys.stderr,
+        except (ConnectionError, HandleAbandonedError, MailboxClosedError):
+            said = (
+                "W&B's service has ended: the run goes on without it; metrics.jsonl has every row"
             )
-            self.experiment.unwatch()
+            print(said, file=sys.stderr)
+            self._experiment, self.mode = _replaced(self._experiment), "disabled"
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Log the checkpoints that are new, now or when training ends."""
@@ -407,7 +401,7 @@ class WandB(WandbLogger):
 
     def _recording(self) -> Any:
         """The run, None where it records nothing."""
-        return None if self.mode == "disabled" or self._lost else self.experiment
+        return None if self.mode == "disabled" else self.experiment
 
     def use_artifact(self, artifact: str, artifact_type: str | None = None) -> Any:
         run = self.experiment
@@ -431,7 +425,7 @@ class WandB(WandbLogger):
     def finish(self, *, failed: bool) -> None:
         """Close the run, so that everything is on disk or uploaded; not one that was adopted."""
         run, self._experiment = self._experiment, None
-        if run is None or self._adopted or self._lost or _is_finished(run):
+        if run is None or self._adopted or _is_finished(run):
             return
         with self._unless_lost():
             run.finish(exit_code=int(failed))
@@ -449,6 +443,30 @@ def _check_online(mode: Mode, artifact: str) -> None:
             f"artifact {artifact} cannot be fetched while W&B is {mode}: use mode online, or fetch "
             f"it beforehand with `wandb artifact get {artifact}`"
         )
+
+
+def _writable(folder: Path) -> str:
+    """Return the folder, or one for temporary files where it cannot be written to."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return str(folder)
+    found = tempfile.mkdtemp(prefix="wandb-")
+    print(f"W&B: cannot write to {shown(folder)}: its files are in {found}", file=sys.stderr)
+    return found
+
+
+def _replaced(run: Any) -> Any:
+    """Return a disabled run for one whose service has ended, and have wandb forget that."""
+    import wandb
+    from wandb.sdk.lib.module import unset_globals
+
+    for end in (run.unwatch, run.finish, wandb.teardown):  # or they fail when the process ends
+        with contextlib.suppress(Exception):  # they tell the service first
+            end()
+    disabled = wandb.init(mode="disabled", settings=wandb.Settings(silent=True))
+    unset_globals()  # type: ignore[no-untyped-call]
+    return disabled
 
 
 def _is_finished(run: Any) -> bool:

@@ -29,7 +29,7 @@ class CheckpointArtifacts:
         run: Returns the run, None where nothing is to be logged.
 
     Attributes:
-        earlier: Digests of the files that earlier starts of the run have logged.
+        logged: Name and digest of the files that the run has logged, in earlier starts as well.
 
     Raises:
         ConfigurationError: When an argument is not allowed.
@@ -58,7 +58,7 @@ class CheckpointArtifacts:
         self.name = name
         self.policy = policy
         self.run = run
-        self.earlier: set[str] = set()
+        self.logged: set[tuple[str, str]] = set()
         self._waiting: dict[int, ModelCheckpoint] = {}
         self._seen: set[tuple[Path, int]] = set()  # files and the times when they were written
 
@@ -103,26 +103,31 @@ class CheckpointArtifacts:
             path: The checkpoint.
             aliases: Names of this version.
             about: Metadata of the artifact.
+
+        What keeps it from being logged is printed; training goes on.
         """
         run = self.run() if self.log_model else None
         if run is None:
             return
         seen = (path.resolve(), path.stat().st_mtime_ns)
-        if seen in self._seen or (self.earlier and _digest(path) in self.earlier):
+        if seen in self._seen:
             return
-        self._seen.add(seen)
         import wandb
 
         metadata = finite({**(about or {}), "original_filename": path.name})
         try:
-            artifact = wandb.Artifact(
-                self.name or f"model-{run.id}", type="model", metadata=metadata
-            )
-            artifact.add_file(str(path), name="model.ckpt", policy=self.policy)
-        except OSError as error:
-            print(f"W&B: checkpoint {shown(path)} was not logged: {error}", file=sys.stderr)
+            file = (path.name, _digest(path))
+            if file not in self.logged:
+                name = self.name or f"model-{run.id}"
+                artifact = wandb.Artifact(name, type="model", metadata=metadata)
+                artifact.add_file(str(path), name="model.ckpt", policy=self.policy)
+                run.log_artifact(artifact, aliases=list(aliases))
+        except (OSError, ValueError, wandb.errors.Error) as error:
+            said = " ".join(str(error).split())
+            print(f"W&B: checkpoint {shown(path)} was not logged: {said}", file=sys.stderr)
             return
-        run.log_artifact(artifact, aliases=list(aliases))
+        self._seen.add(seen)
+        self.logged.add(file)
 
 
 def _digest(path: Path) -> str:

@@ -103,14 +103,14 @@ def run_of(folder: Path, run_id: str) -> Any:
     return None
 
 
-def logged_files(folder: Path, run_id: str | None = None) -> set[str]:
-    """The digests of the files in the artifacts that a run has logged.
+def logged_files(folder: Path, run_id: str | None = None) -> set[tuple[str, str]]:
+    """Name and digest of each checkpoint that a run has logged as an artifact.
 
     Raises:
         UnknownFormat: A file is not understood.
     """
     return {
-        entry.digest
+        (json.loads(record.artifact.metadata or "{}").get("original_filename", ""), entry.digest)
         for path in segments(folder, run_id, online=True)
         for _, record in records(path)
         if record.WhichOneof("record_type") == "artifact"

@@ -126,15 +126,12 @@ def _has_key() -> bool:
 def one_line_errors(what: str, remedy: str = "") -> Iterator[None]:
     """Turn what wandb raises into a `ConfigurationError` of one line."""
     import wandb
-    from pydantic import ValidationError
 
     try:
         yield
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-        raise ConfigurationError(f"{what}: {'; '.join(faults)}{remedy}") from error
-    except wandb.errors.Error as error:
-        raise ConfigurationError(f"{what}: {' '.join(str(error).split())}{remedy}") from error
+    except (wandb.errors.Error, ValueError) as error:  # of its own, and of pydantic
+        said = " ".join(str(error).split()).partition(" For further information")[0]
+        raise ConfigurationError(f"{what}: {said}{remedy}") from error
 
 
 @contextlib.contextmanager
