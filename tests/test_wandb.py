@@ -24,7 +24,6 @@ import torch
 import wandb
 import wandb.env
 import yaml
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -127,7 +126,7 @@ def histories(folder: Path) -> list[dict[str, Any]]:
 
 def command(word: str) -> None:
     """A command of wandb's own, such as `wandb offline`."""
-    assert CliRunner().invoke(wandb_command, [word]).exit_code == 0
+    wandb_command.main([word], standalone_mode=False)
     wandb.teardown()
 
 
@@ -448,7 +447,7 @@ def test_the_arguments_of_wandb_logger_are_accepted_or_refused() -> None:
         ({"anonymous": True}, "anonymous of WandB has no effect"),
         ({"reinit": True}, "call wandb.finish"),
         ({"projcet": "x"}, "no argument 'projcet' (did you mean 'project'?)"),
-        ({"offline": True, "mode": "online"}, "contradicts mode='online'"),
+        ({"offline": True, "mode": "online"}, "offline=True and mode='online' of WandB: give one"),
         ({"id": "a", "version": "b"}, "version='b' of WandB contradicts id='a'"),
         ({"save_dir": "a", "dir": "b"}, "dir='b' of WandB contradicts save_dir='a'"),
         ({"log_model": "some"}, "log_model='some' of WandB must be True, False or 'all'"),
@@ -786,8 +785,7 @@ def test_sync_uploads_what_was_recorded_offline(server: WandbServer) -> None:
     assert folder is not None
     wandb_file.read(Path())
     assert server.requests == []
-    result = CliRunner().invoke(wandb_command, ["sync", str(folder)])
-    assert result.exit_code == 0, result.output
+    wandb_command.main(["sync", str(folder)], standalone_mode=False)
     assert [row["val/bleu"] for row in server.history[str(logger.version)]] == [2]
     assert server.requests.count("/artifact/model.ckpt") == 3
 

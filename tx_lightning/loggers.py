@@ -124,7 +124,9 @@ class WandB(WandbLogger):
     ) -> None:
         check_arguments(init)
         if offline:
-            mode = same("mode", None if mode == "auto" else mode, "offline", "offline")
+            if mode not in ("auto", "offline"):
+                raise ConfigurationError(f"offline=True and mode={mode!r} of WandB: give one")
+            mode = "offline"
         super().__init__(
             project=project or PROJECT,
             prefix=prefix,

@@ -4,6 +4,7 @@ A `.wandb` file is a log of records in blocks of 32 KiB, as LevelDB's: a record 
 in several, none of which crosses the end of a block.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 _MAGIC = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK = 32768
 _PIECE = struct.Struct("<IHB")  # checksum, length, kind: whole, first, middle or last piece
-_WHOLE, _FIRST, _LAST = 1, 2, 4
+_WHOLE, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _STEP = "trainer/global_step"
 _OWN = ("_step", "_runtime", "_timestamp", _STEP)
 
@@ -47,12 +48,12 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
     data = path.read_bytes()
     if not data.startswith(_MAGIC):
         raise UnknownFormat(f"{path} does not begin as a .wandb file")
-    for start, body in _bodies(data, len(_MAGIC)):
+    for start, body in _bodies(path, data, len(_MAGIC)):
         yield start, _record(path, start, body)
 
 
-def _bodies(data: bytes, place: int) -> Iterator[tuple[int, bytes]]:
-    """The encoded records of the data with the place of each; `data` begins with a block."""
+def _bodies(path: Path, data: bytes, place: int) -> Iterator[tuple[int, bytes]]:
+    """The encoded records in data that begin with a block, with the place of each."""
     start, body, begun = place, b"", False
     while place + _PIECE.size <= len(data):
         left = _BLOCK - place % _BLOCK
@@ -61,7 +62,11 @@ def _bodies(data: bytes, place: int) -> Iterator[tuple[int, bytes]]:
             continue
         _, length, kind = _PIECE.unpack_from(data, place)
         piece = data[place + _PIECE.size : place + _PIECE.size + length]
-        if kind == 0 or len(piece) < length:
+        if kind == 0 and not any(data[place:]):  # as a power failure leaves it
+            return
+        if kind not in (_WHOLE, _FIRST, _MIDDLE, _LAST) or length > left - _PIECE.size:
+            raise UnknownFormat(f"{path} is damaged at byte {place}")
+        if len(piece) < length:
             return
         if kind in (_WHOLE, _FIRST):
             start, body, begun = place, b"", True
@@ -79,7 +84,7 @@ def _record(path: Path, start: int, body: bytes) -> Any:
     try:
         record.ParseFromString(body)
     except Exception as error:  # of a library that comes with wandb
-        raise UnknownFormat(f"{path} holds what is no record at byte {start}") from error
+        raise UnknownFormat(f"{path} is damaged at byte {start}") from error
     return record
 
 
@@ -89,7 +94,7 @@ def is_complete(path: Path) -> bool:
         first = max(0, path.stat().st_size // _BLOCK - 1) * _BLOCK
         file.seek(first)
         data = file.read()
-    bodies = _bodies(data, 0 if first else len(_MAGIC))
+    bodies = _bodies(path, data, 0 if first else len(_MAGIC))
     kinds = [_record(path, start, body).WhichOneof("record_type") for start, body in bodies]
     return "exit" in kinds
 
@@ -109,13 +114,24 @@ def logged_files(folder: Path, run_id: str | None = None) -> set[tuple[str, str]
     Raises:
         UnknownFormat: A file is not understood.
     """
-    return {
-        (json.loads(record.artifact.metadata or "{}").get("original_filename", ""), entry.digest)
-        for path in segments(folder, run_id, online=True)
-        for _, record in records(path)
-        if record.WhichOneof("record_type") == "artifact"
-        for entry in record.artifact.manifest.contents
-    }
+    found = set()
+    for path in segments(folder, run_id, online=True):
+        for start, record in records(path):
+            if record.WhichOneof("record_type") == "artifact":
+                with _damage(path, start):
+                    metadata = json.loads(record.artifact.metadata or "{}")
+                    name = metadata.get("original_filename", "")
+                found |= {(name, entry.digest) for entry in record.artifact.manifest.contents}
+    return found
+
+
+@contextlib.contextmanager
+def _damage(path: Path, start: int) -> Iterator[None]:
+    """Name the file in which JSON is not as wandb writes it."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnknownFormat(f"{path} is damaged at byte {start}") from error
 
 
 def history_row(record: Any) -> dict[str, Any]:
@@ -162,7 +178,8 @@ def keep_history(folder: Path, n_rows: int, run_id: str | None = None) -> Kept:
             if record.WhichOneof("record_type") != "history":
                 continue
             if len(kept) < n_rows:
-                kept.append(history_row(record))
+                with _damage(path, start):
+                    kept.append(history_row(record))
             elif offline:
                 cuts.append((path, start))
                 break
