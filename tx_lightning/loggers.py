@@ -63,7 +63,7 @@ class WandB(WandbLogger):
     When a run is resumed, id, project and name are kept, and its history has no step twice and no
     gap: offline, the files of earlier starts are cut to the step where training resumes, and rows
     that were lost in a kill are taken from metrics.jsonl; online, rows that the server has are not
-    sent again. If W&B's service dies, training goes on without it.
+    sent again. If W&B's service dies, the logger goes on without it.
 
     Args:
         project: The project of the run; tx_lightning by default.
@@ -222,8 +222,8 @@ class WandB(WandbLogger):
         run: Any = self._experiment
         rows = self._rows
         if run is not None and not self._adopted and rows >= self._sent:
-            with self._unless_lost():
-                rows = max(rows, run.step)
+            with self._unless_lost(), contextlib.suppress(TimeoutError):
+                rows = max(rows, run.step)  # asks the service, which may be slow
         return rows
 
     @rank_zero_only
