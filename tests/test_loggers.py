@@ -426,3 +426,23 @@ def test_the_file_of_metrics_is_there_whatever_the_loggers_are(
     assert main(["fit", "--resume", "run", "--trainer.max_epochs", "3"]) == 0
     values = [row["val/bleu"] for row in rows_of(path) if "val/bleu" in row]
     assert values == [2.0, 4.0, 6.0]
+
+
+def test_a_run_that_cannot_write_its_metrics_stops_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    Path("run.yaml").write_text(yaml.safe_dump(BASE))
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").symlink_to("/dev/full")
+    assert main(["fit", "--config", "run.yaml", "--trainer.default_root_dir", "run"]) != 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    (error,) = errors
+    assert error.startswith(
+        "error: metrics cannot be written to run/metrics.jsonl: No space left on device; "
+    )
+    Path("run/metrics.jsonl").unlink()
+    assert main(["fit", "--resume", "run"]) == 0
+    assert [row["val/bleu"] for row in rows_of(Path("run/metrics.jsonl")) if "val/bleu" in row]

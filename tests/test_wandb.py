@@ -39,6 +39,7 @@ from tests.stand_ins import TinyData, TinyTask
 from tests.wandb_server import WandbServer
 from tx_lightning import loggers
 from tx_lightning.__main__ import main
+from tx_lightning.averaging import best_checkpoints
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.loggers import MetricsFile, WandB, read_metrics, wandb_mode
 from tx_lightning.wandb_files import records, segments
@@ -832,12 +833,16 @@ def test_the_summary_of_wandb_has_the_best_that_is_a_number(
 
 
 def test_after_a_resume_the_summary_knows_the_best_before_it() -> None:
-    words = run_file("run", max_epochs=2, callbacks=[SAVING, {"class_path": f"{__name__}.NaNAt"}])
+    every = {"class_path": SAVING["class_path"], "init_args": {"save_top_k": -1}}
+    words = run_file("run", max_epochs=2, callbacks=[every, {"class_path": f"{__name__}.NaNAt"}])
     assert main(words) == 0
     assert main(["fit", "--resume", "run", "--trainer.max_epochs", "3"]) == 0
     assert histories(Path("run"))[0]["val/bleu"] == 2
     rows = read_metrics(Path("run/metrics.jsonl"))
     assert [math.isnan(row["val/bleu"]) for row in rows] == [False, True, True]
+    assert [path.name for path in best_checkpoints(Path("run/checkpoints"), 5)] == [
+        "epoch=0-step=2.ckpt"
+    ]
     for path in segments(Path("run")):
         summary = wandb_file.WandbFile()
         for _, record in records(path):

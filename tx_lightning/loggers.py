@@ -252,10 +252,12 @@ class WandB(WandbLogger):
         own, which knows nothing of those before it.
         """
         values = {name: plain(value) for name, value in metrics.items() if name in BEST}
+        if not values:
+            return
         self._best = best_values([self._best, values])
         numbers = [value for value in values.values() if isinstance(value, float)]
         self._own_summary |= not all(map(math.isfinite, numbers))
-        if self._own_summary and values:
+        if self._own_summary:
             self._write_summary()
 
     def _write_summary(self) -> None:

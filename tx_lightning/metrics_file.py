@@ -78,8 +78,8 @@ class MetricsFile(Logger):
             _append(self.path, f"{to_json(row)}\n".encode())
         except OSError as error:
             raise MetricsError(
-                f"metrics cannot be written to {shown(self.path)}: {error.strerror}; the run stops "
-                f"here, once this is solved it goes on with fit --resume {shown(self.path.parent)}"
+                f"metrics cannot be written to {shown(self.path)}: {error.strerror}; solve this, "
+                "then resume the run or start it again"
             ) from error
 
     @rank_zero_only
