@@ -450,7 +450,7 @@ def test_the_arguments_of_wandb_logger_are_accepted_or_refused() -> None:
     for wrong, says in (
         ({"anonymous": True}, "anonymous of WandB has no effect"),
         ({"reinit": True}, "call wandb.finish"),
-        ({"projcet": "x"}, "no argument 'projcet' (did you mean 'project'?)"),
+        ({"proiect": "x"}, "no argument 'proiect' (did you mean 'project'?)"),
         ({"offline": True, "mode": "online"}, "offline=True and mode='online' of WandB: give one"),
         ({"id": "a", "version": "b"}, "version='b' of WandB contradicts id='a'"),
         ({"save_dir": "a", "dir": "b"}, "dir='b' of WandB contradicts save_dir='a'"),
