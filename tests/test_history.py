@@ -228,7 +228,7 @@ def test_a_file_that_is_not_understood_is_left_alone(
     logger.go_on(3, [])
     said = capsys.readouterr().err
     assert said.startswith("W&B: steps that are taken again are written twice: ")
-    assert said.endswith("; it is left as it is\n")
+    assert said.endswith("; the file is not changed\n")
     assert said.count("\n") == 1
     assert [path.read_bytes() for path in segments(folder)] == before
 

@@ -127,10 +127,7 @@ class WandB(WandbLogger):
             if mode not in ("auto", "offline"):
                 raise ConfigurationError(f"offline=True and mode={mode!r} of WandB: give one")
             mode = "offline"
-        super().__init__(
-            project=project or PROJECT,
-            prefix=prefix,
-        )
+        super().__init__(project=project or PROJECT, prefix=prefix)
         self.checkpoints = CheckpointArtifacts(
             log_model, checkpoint_name, add_file_policy, self._recording
         )
@@ -151,9 +148,9 @@ class WandB(WandbLogger):
         self._flush_seconds = flush_seconds
         self._folder: Path | None = None  # the run folder
         self._defaults = {"project": PROJECT, "resume": "allow"}
-        self._rows = 0  # logged so far
-        self._sent = 0  # rows of which the server or the files have already
-        self._goes_on = False  # the next row is not the first of the history
+        self._rows = 0  # rows that were logged, in earlier starts as well
+        self._sent = 0  # the first rows, which the server or the files have already
+        self._goes_on = False  # whether the next row continues the history of another file
         self._missing: list[dict[str, Any]] = []
         self._resumed = False
         self._adopted = False
@@ -214,7 +211,7 @@ class WandB(WandbLogger):
         except (UnknownFormat, OSError) as error:
             again = "steps that are taken again are written twice"
             said = again if self.mode == "offline" else "checkpoints may be logged again"
-            print(f"W&B: {said}: {error}; it is left as it is", file=sys.stderr)
+            print(f"W&B: {said}: {error}; the file is not changed", file=sys.stderr)
 
     @property
     def rows(self) -> int:
@@ -234,7 +231,7 @@ class WandB(WandbLogger):
         if number < self._sent:
             return
         row = {self._named(name): value for name, value in metrics.items()}
-        if step is not None and not self._wandb_init.get("sync_tensorboard"):
+        if step is not None and not self._given.get("sync_tensorboard"):
             row[STEP] = step
         first = {"step": number} if self._goes_on else {}
         self._goes_on = False
@@ -309,7 +306,7 @@ class WandB(WandbLogger):
             auto = self.mode == "online" and not self._asked
             self._wandb_init["mode"] = None if auto else self.mode
             if self.mode != "disabled" and self._wandb_init["dir"] is not None:
-                self._wandb_init["dir"] = _writable(Path(self._wandb_init["dir"]))
+                self._wandb_init["dir"] = _writable(Path(self._wandb_init["dir"]).expanduser())
             settings = quiet_settings(self._flush_seconds, self._given.get("settings"))
             if self._folder is not None:
                 settings.use_dot_wandb = False  # the run folder has wandb/
@@ -375,6 +372,8 @@ class WandB(WandbLogger):
         try:
             yield
         except (ConnectionError, HandleAbandonedError, MailboxClosedError):
+            if self._experiment is None:
+                raise
             said = (
                 "W&B's service has ended: the run goes on without it; metrics.jsonl has every row"
             )
@@ -428,13 +427,13 @@ class WandB(WandbLogger):
     @rank_zero_only
     def finish(self, *, failed: bool) -> None:
         """Close the run, so that everything is on disk or uploaded; not one that was adopted."""
-        run, self._experiment = self._experiment, None
-        if run is None or self._adopted or _is_finished(run):
-            return
-        with self._unless_lost():
-            run.finish(exit_code=int(failed))
-        if self.mode == "offline":
-            _wait_for(Path(run.settings.sync_file))
+        run: Any = self._experiment
+        if run is not None and not self._adopted and not _is_finished(run):
+            with self._unless_lost():
+                run.finish(exit_code=int(failed))
+            if self.mode == "offline":
+                _wait_for(Path(run.settings.sync_file))
+        self._experiment = None
 
 
 def _mode_of(run: Any) -> Mode:
@@ -461,7 +460,7 @@ def _writable(folder: Path) -> str:
 
 
 def _replaced(run: Any) -> Any:
-    """Return a disabled run for one whose service has ended, and have wandb forget that."""
+    """Remove a run whose service has ended from wandb, and return a disabled run."""
     import wandb
     from wandb.sdk.lib.module import unset_globals
 
