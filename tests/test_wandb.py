@@ -9,6 +9,7 @@ import gc
 import inspect
 import io
 import json
+import logging
 import math
 import os
 import resource
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
-from wandb.cli.cli import cli as wandb_command
+from wandb.cli import cli as commands
 from wandb.sdk import wandb_setup
 
 from tests import wandb_file
@@ -130,7 +132,7 @@ def histories(folder: Path) -> list[dict[str, Any]]:
 def command(word: str) -> None:
     """A command of wandb's own, such as `wandb offline`."""
     with contextlib.redirect_stdout(io.StringIO()):
-        wandb_command.main([word], standalone_mode=False)
+        vars(commands)[word].main([], standalone_mode=False)
     wandb.teardown()
 
 
@@ -790,7 +792,7 @@ def test_sync_uploads_what_was_recorded_offline(server: WandbServer) -> None:
     assert folder is not None
     wandb_file.read(Path())
     assert server.requests == []
-    wandb_command.main(["sync", str(folder)], standalone_mode=False)
+    commands.sync.main([str(folder)], standalone_mode=False)
     assert [row["val/bleu"] for row in server.history[str(logger.version)]] == [2]
     assert server.requests.count("/artifact/model.ckpt") == 3
 
@@ -894,9 +896,17 @@ def test_training_goes_on_without_the_service_of_wandb(
     assert wandb.run is None
     logged(WandB(mode="offline", save_dir="next"))
     assert histories(Path("next"))
-    for found in gc.get_objects():  # wandb does not wait for it, and Python would complain
+    # What wandb leaves behind of a service that was killed.
+    for path in Path(tempfile.gettempdir()).glob(f"wandb-{os.getpid()}-{killed[0]}-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for found in gc.get_objects():
         if type(found) is subprocess.Popen and found.pid in killed:
             found.wait()
+    for handler in [
+        h for h in logging.getLogger("wandb").handlers if isinstance(h, logging.FileHandler)
+    ]:
+        logging.getLogger("wandb").removeHandler(handler)
+        handler.close()
 
 
 def test_a_full_disk_of_wandb_is_said_and_training_goes_on(
@@ -928,7 +938,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(
     assert logger.files is None
     (folder,) = {line.rpartition(" ")[2] for line in said.out.splitlines()}
     assert Path(folder).is_dir()
-    shutil.rmtree(folder)
+    shutil.rmtree(Path(folder).parents[1])
 
 
 def test_what_is_said_is_true_in_each_mode(

@@ -462,10 +462,12 @@ def _writable(folder: Path) -> str:
 def _replaced(run: Any) -> Any:
     """Remove a run whose service has ended from wandb, and return a disabled run."""
     import wandb
+    from wandb.sdk import wandb_setup
     from wandb.sdk.lib.module import unset_globals
 
-    for end in (run.unwatch, run.finish, wandb.teardown):  # or they fail when the process ends
-        with contextlib.suppress(Exception):  # they tell the service first
+    # They tell the service first, which fails; not called, they would fail when the process ends.
+    for end in (run.unwatch, run.finish, wandb.teardown, wandb_setup.singleton().asyncer.join):
+        with contextlib.suppress(Exception):
             end()
     disabled = wandb.init(mode="disabled", settings=wandb.Settings(silent=True))
     unset_globals()  # type: ignore[no-untyped-call]
