@@ -415,6 +415,8 @@ def test_the_file_of_metrics_is_there_whatever_the_loggers_are(
     rows = rows_of(path)
     assert [row["val/bleu"] for row in rows if "val/bleu" in row] == [2.0, 4.0]
     assert {"a": 1.0, "b": "x", "c": True, "d": {"e": None}}.items() <= rows[0].items()
+    if words and words[-1] != "false":
+        return
     with path.open("a") as file:
         file.write('{"step": 9, "val/bleu": 9.0}\n{"torn')  # after the checkpoint
     assert main(["fit", "--resume", "run", "--trainer.max_epochs", "3"]) == 0

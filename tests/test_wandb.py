@@ -456,6 +456,7 @@ def test_the_arguments_of_wandb_logger_are_accepted_or_refused() -> None:
         ({"offline": True, "mode": "online"}, "offline=True and mode='online' of WandB: give one"),
         ({"id": "a", "version": "b"}, "version='b' of WandB contradicts id='a'"),
         ({"save_dir": "a", "dir": "b"}, "dir='b' of WandB contradicts save_dir='a'"),
+        ({"flush_seconds": math.nan}, "flush_seconds=nan of WandB must be from 0 to 3,600"),
         ({"log_model": "some"}, "log_model='some' of WandB must be True, False or 'all'"),
         ({"checkpoint_name": "a/b", "log_model": True}, "checkpoint_name='a/b' of WandB: "),
     ):
@@ -812,26 +813,24 @@ def test_checkpoints_that_the_server_refuses_do_not_stop_training(
 # When things go wrong.
 
 
-@pytest.mark.parametrize(
-    ("values", "best"),
-    [
+def test_the_summary_of_wandb_has_the_best_that_is_a_number() -> None:
+    """W&B's own maximum of (0.9, NaN, 0.5) is NaN."""
+    cases = [
         ((0.9, math.nan, 0.5), 0.9),
         ((math.nan, 0.5, 0.9), 0.9),
         ((0.5, math.inf, 0.7), 0.7),
         ((0.5, -math.inf, math.nan), 0.5),
-    ],
-)
-def test_the_summary_of_wandb_has_the_best_that_is_a_number(
-    values: tuple[float, ...], best: float
-) -> None:
-    """W&B's own maximum of (0.9, NaN, 0.5) is NaN."""
-    logger = WandB(mode="offline")
-    for step, value in enumerate(values):
-        logger.log_metrics({"val/bleu": value, "val/loss": -value, "train/loss": value}, step=step)
-    wandb.finish()
-    run = wandb_file.read(Path())
-    assert (run.summary["val/bleu"], run.summary["val/loss"]) == ({"max": best}, {"min": -best})
-    assert [str(row["val/bleu"]) for row in run.history] == [f"{value:g}" for value in values]
+    ]
+    for number, (values, best) in enumerate(cases):
+        logger = WandB(mode="offline", save_dir=str(number))
+        for step, value in enumerate(values):
+            row = {"val/bleu": value, "val/loss": -value, "train/loss": value}
+            logger.log_metrics(row, step=step)
+        wandb.finish()
+        run = wandb_file.read(Path(str(number)))
+        assert run.summary["val/bleu"] == {"max": best}
+        assert run.summary["val/loss"] == {"min": -best}
+        assert [str(row["val/bleu"]) for row in run.history] == [f"{value:g}" for value in values]
 
 
 def test_after_a_resume_the_summary_knows_the_best_before_it() -> None:

@@ -45,6 +45,7 @@ __all__ = ["BEST", "MetricsFile", "WandB", "best_values", "read_metrics", "wandb
 
 PROJECT = "tx_lightning"
 STEP = "trainer/global_step"
+MOST_SECONDS = 3_600
 _PATIENCE = 10.0  # seconds for W&B's service to write the end of a run
 
 
@@ -145,6 +146,10 @@ class WandB(WandbLogger):
         }
         self._asked = mode != "auto"
         self.mode, self._why = mode_and_reason() if mode == "auto" else (mode, "")
+        if not 0 <= flush_seconds <= MOST_SECONDS:
+            raise ConfigurationError(
+                f"flush_seconds={flush_seconds} of WandB must be from 0 to {MOST_SECONDS:,}"
+            )
         self._flush_seconds = flush_seconds
         self._folder: Path | None = None  # the run folder
         self._defaults = {"project": PROJECT, "resume": "allow"}
