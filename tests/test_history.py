@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import wandb_file
 from tests.test_kills import die, finish, start, written
@@ -189,23 +193,83 @@ def copy_history(path: Path, steps: range) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("content", [b"", b"another format"])
+def damaged(content: bytes, place: int, by: bytes) -> bytes:
+    return content[:place] + by + content[place + len(by) :]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda content: b"", "does not begin as a"),
+        (lambda content: b"another format", "does not begin as a"),
+        (lambda content: damaged(content, 6, b"\x01"), "does not begin as a"),  # a later version
+        (lambda content: damaged(content, 13, b"\x09"), "is damaged at byte 7"),  # a kind of piece
+        (lambda content: damaged(content, 11, b"\xff\xff"), "is damaged at byte 7"),  # a length
+    ],
+)
 def test_a_file_that_is_not_understood_is_left_alone(
-    folder: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    change: Callable[[bytes], bytes],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for day in (1, 2):
         made = folder / "wandb" / f"offline-run-2026010{day}_000000-abc"
         made.mkdir(parents=True)
-        copy_history(made / "run-abc.wandb", range(10))
+        copy_history(made / "run-abc.wandb", range(1000))
     strange = segments(folder)[1]
-    strange.write_bytes(content)
-    before = segments(folder)[0].read_bytes()
-    with pytest.raises(UnknownFormat, match="does not begin as a"):
+    strange.write_bytes(change(strange.read_bytes()))
+    before = [path.read_bytes() for path in segments(folder)]
+    with pytest.raises(UnknownFormat, match=says):
         keep_history(folder, 3)
-    assert segments(folder)[0].read_bytes() == before
+    assert [path.read_bytes() for path in segments(folder)] == before
     logger = WandB(mode="offline")
     logger.open_in(folder, "fit")
     logger.go_on(3, [])
     said = capsys.readouterr().err
     assert said.startswith("W&B: steps that are taken again are written twice: ")
+    assert said.endswith("; the file is not changed\n")
     assert said.count("\n") == 1
+    assert [path.read_bytes() for path in segments(folder)] == before
+
+
+def test_a_tail_that_a_power_failure_left_is_no_damage(folder: Path) -> None:
+    made = folder / "wandb" / "offline-run-20260101_000000-abc"
+    made.mkdir(parents=True)
+    copy_history(made / "run-abc.wandb", range(10))
+    with (made / "run-abc.wandb").open("ab") as file:
+        file.write(bytes(50_000))
+    assert len(keep_history(folder, 100)) == 10
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(place=st.integers(7, 2000), by=st.binary(min_size=1, max_size=8), n_rows=st.integers(0, 60))
+def test_no_damage_is_fatal(place: int, by: bytes, n_rows: int) -> None:
+    """Whatever happened to a file, it is cut to rows that it has, or refused and left as it is."""
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name) / "wandb" / "offline-run-20260101_000000-abc"
+        made.mkdir(parents=True)
+        path = made / "run-abc.wandb"
+        copy_history(path, range(50))
+        path.write_bytes(damaged(path.read_bytes(), place, by))
+        before = path.read_bytes()
+        try:
+            kept = keep_history(Path(name), n_rows)
+        except UnknownFormat:
+            assert path.read_bytes() == before
+        else:
+            assert kept == history(Path(name))[:n_rows]
+
+
+def test_what_online_starts_have_sent_is_not_written_again_offline(folder: Path) -> None:
+    """A run that was online, was killed, and is resumed offline from an earlier checkpoint."""
+    made = folder / "wandb" / "run-20260101_000000-abc"
+    made.mkdir(parents=True)
+    copy_history(made / "run-abc.wandb", range(5))
+    before = (made / "run-abc.wandb").read_bytes()
+    (folder / "wandb" / "run_id").write_text("abc\n")
+    metrics = [{"step": s, "train/loss": 0.5 + s} for s in range(3)]
+    logged(folder, range(3, 7), go_on=(3, metrics))
+    wait_until_written(folder, 2)
+    assert steps_of(folder) == [(5, 5), (6, 6)]
+    assert (made / "run-abc.wandb").read_bytes() == before

@@ -1,6 +1,5 @@
 """`tx-lightning classify CHECKPOINT`: lines on standard input become labels on standard output."""
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tx_lightning.checkpoints import load_task
 from tx_lightning.data.classification import split_line
 from tx_lightning.errors import ConfigurationError
+from tx_lightning.strict_json import to_json
 from tx_lightning.tasks.classification import Classification
 from tx_lightning.tasks.tagging import Tagging
 from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
@@ -123,7 +123,7 @@ def _object(texts: dict[str, str], labels: list[tuple[str, float]], options: Nam
     values: dict[str, object] = {**texts, "label": label, "probability": probability}
     if options.all:
         values["probabilities"] = dict(labels)
-    return json.dumps(values, ensure_ascii=False)
+    return to_json(values, ensure_ascii=False)
 
 
 def _tagged(task: Tagging, lines: list[str], long: _LongLines, options: Namespace) -> list[str]:
@@ -134,7 +134,7 @@ def _tagged(task: Tagging, lines: list[str], long: _LongLines, options: Namespac
     if not options.json:
         return ["\t".join(tags) for tags in found]
     return [
-        json.dumps({"words": words, "tags": tags}, ensure_ascii=False)
+        to_json({"words": words, "tags": tags}, ensure_ascii=False)
         for words, tags in zip(sentences, found, strict=True)
     ]
 

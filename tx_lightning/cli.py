@@ -293,6 +293,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer in the run's own folder, with what every run has."""
         self.folder = self._make_folder()
+        asked = self._get(self.config_init, "trainer")
+        if asked.barebones and isinstance(asked.logger, WandB):
+            kwargs["logger"] = None  # our default, which Lightning would refuse
         try:
             # Any: Lightning sets attributes of a trainer where type checkers do not see them.
             trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
@@ -305,12 +308,12 @@ class CommandLine(LightningCLI):
         with contextlib.suppress(NotImplementedError):  # strategies that write files of their own
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        own = self._get(self.config_init, "trainer").callbacks or []
+        own = asked.callbacks or []
         trainer.callbacks = [
             ProgressBar() if isinstance(callback, Bar) and callback not in own else callback
             for callback in trainer.callbacks
         ]
-        if trainer.loggers and not trainer.fast_dev_run:
+        if not trainer.fast_dev_run and not trainer.barebones:
             trainer.loggers = [*trainer.loggers, MetricsFile(self.folder)]
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
@@ -455,9 +458,9 @@ class CommandLine(LightningCLI):
         if maps:
             newest = max(maps, key=lambda path: path.stat().st_mtime)
             print(f"attention map: {shown(newest)}", flush=True)
-        runs = sorted(self.folder.glob("wandb/*run-*"))
-        if runs:
-            print(f"W&B run: {shown(runs[-1])}", flush=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandB) and logger.files is not None:
+                print(f"W&B run: {shown(logger.files)}", flush=True)
 
     def _announce(self) -> None:
         """Say where the run is and how to go on; drop the metrics that will be made again."""

@@ -1,6 +1,5 @@
 """`tx-lightning generate CHECKPOINT`: prompts go on as a language model would have them."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from tx_lightning.checkpoints import load_task
 from tx_lightning.decoding import Decoding
 from tx_lightning.errors import ConfigurationError
+from tx_lightning.strict_json import to_json
 from tx_lightning.tasks.continuation import (
     Continuation,
     PastContext,
@@ -123,7 +123,7 @@ def _object(prompt: str, sample: int, continuation: Continuation) -> str:
         "log_prob": continuation.log_prob,
         "finished": continuation.finished,
     }
-    return json.dumps(values, ensure_ascii=False)
+    return to_json(values, ensure_ascii=False)
 
 
 def _prompts(options: Namespace) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tx_lightning.strict_json import to_json
 from tx_lightning.weights.errors import WeightsError
 from tx_lightning.weights.rules import Tensors, listed
 
@@ -195,7 +196,7 @@ def write_folder(
             dict(tensors), temporary / SAFETENSORS, metadata={"format": "pt"}
         )
         for name, values in documents.items():
-            text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            text = to_json(values, indent=2, ensure_ascii=False) + "\n"
             (temporary / name).write_text(text, "utf-8")
         for name, text in texts:
             (temporary / name).write_text(text, "utf-8")
