@@ -4,9 +4,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from tx_lightning.checkpoints import load_task
+from tx_lightning.configuration import ConfigurationParser
 from tx_lightning.data.classification import split_line
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks.classification import Classification
@@ -139,10 +140,8 @@ def _tagged(task: Tagging, lines: list[str], long: _LongLines, options: Namespac
     ]
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tx-lightning classify", description=DESCRIPTION, exit_on_error=False
-    )
+def _parser() -> ConfigurationParser:
+    parser = ConfigurationParser(prog="tx-lightning classify", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
     parser.add_argument(
         "--all",

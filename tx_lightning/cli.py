@@ -38,7 +38,13 @@ from tx_lightning.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
 )
-from tx_lightning.configuration import differences, given, without_option
+from tx_lightning.configuration import (
+    ConfigurationParser,
+    DuplicateKey,
+    differences,
+    given,
+    without_option,
+)
 from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
@@ -63,6 +69,7 @@ LINKS = {
     "data.init_args.n_tags": "model.init_args.n_tags",
     "seed_everything": "data.init_args.seed",
 }
+MOST_SEED = 2**32 - 1  # of NumPy
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
 
@@ -87,6 +94,7 @@ class CommandLine(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
+            parser_class=ConfigurationParser,
             trainer_defaults={
                 "logger": {"class_path": "tx_lightning.loggers.WandB"},
                 "use_distributed_sampler": False,
@@ -189,10 +197,13 @@ class CommandLine(LightningCLI):
             words = [words[0], f"--model={json.dumps(self._recorded_model())}", *words[1:]]
         try:
             self.config = parser.parse_args(words)
-        except ArgumentError as error:
+        except (ArgumentError, DuplicateKey) as error:
             verb_parser = self._parser(self.verb)
             raise ConfigurationError(explain(str(error), words, verb_parser)) from error
         self._check_links(values)
+        seed = self._section().seed_everything
+        if not 0 <= seed <= MOST_SEED:
+            raise ConfigurationError(f"seed_everything is {seed}; it must be from 0 to {MOST_SEED}")
 
     def _with_resumed_run(self, words: list[str]) -> list[str]:
         """Replace `--resume FOLDER` by the configuration of that run."""
@@ -245,8 +256,10 @@ class CommandLine(LightningCLI):
         recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
         if recorded is None or section.model_from == "config":
             return
+        rest = self.config.clone()
+        rest[self.verb].model = None  # nothing of it may be merged with the checkpoint's
         try:
-            base = self.parser.parse_object({self.verb: {"model": recorded}}, self.config)
+            base = self.parser.parse_object({self.verb: {"model": recorded}}, rest)
         except ArgumentError as error:
             why = explain(str(error), [], self._parser(self.verb))
             raise ConfigurationError(

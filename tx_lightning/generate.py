@@ -4,9 +4,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from tx_lightning.checkpoints import load_task
+from tx_lightning.configuration import ConfigurationParser
 from tx_lightning.decoding import Decoding
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks.continuation import (
@@ -137,10 +138,8 @@ def _prompts(options: Namespace) -> Iterator[list[str]]:
     yield options.prompt
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tx-lightning generate", description=DESCRIPTION, exit_on_error=False
-    )
+def _parser() -> ConfigurationParser:
+    parser = ConfigurationParser(prog="tx-lightning generate", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
     parser.add_argument(
         "--prompt",

@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from tx_lightning.callbacks.predictions import one_line_of
 from tx_lightning.checkpoints import load_task
+from tx_lightning.configuration import ConfigurationParser
 from tx_lightning.decoding import Decoding
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks import Translation
@@ -63,10 +62,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tx-lightning translate", description=DESCRIPTION, exit_on_error=False
-    )
+def _parser() -> ConfigurationParser:
+    parser = ConfigurationParser(prog="tx-lightning translate", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
     parser.add_argument(
         "--decoding",

@@ -1,0 +1,158 @@
+"""Files and words of Lightning's verbs: a wrong number, list or key is one line that names it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.test_cli import BASE, config, only_run
+from tx_lightning import cli, commands
+from tx_lightning.__main__ import main
+
+TRANSLATION = str(
+    Path(__file__).resolve().parents[1] / "experiments" / "quickstart" / "translation.yaml"
+)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in an empty folder, without W&B."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    path = list(sys.path)
+    commands.import_classes()
+    yield
+    sys.path[:] = path
+
+
+@pytest.fixture
+def base() -> str:
+    return config("tiny", **BASE)
+
+
+def best(**arguments: object) -> dict[str, object]:
+    return {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
+
+
+def test_a_callback_inherits_nothing_from_the_one_that_had_its_place(base: str) -> None:
+    first = config("first", trainer={"callbacks": [best(monitor="val/loss", filename="best")]})
+    later = config("later", trainer={"callbacks": [best(every_n_train_steps=5)]})
+    files = ["--config", base, "--config", first, "--config", later]
+    for words in (files, [*files[:4], f"--trainer.callbacks=[{json.dumps(best())}]"]):
+        (found,) = cli.CommandLine(words, run=False).config.trainer.callbacks
+        assert (found.init_args.monitor, found.init_args.filename) == (None, None)
+    words = [*files, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    kept, added = cli.CommandLine(words, run=False).config.trainer.callbacks
+    assert kept.init_args.every_n_train_steps == 5
+    assert added.init_args.monitor == "val/loss"
+
+
+def test_a_logger_is_replaced_by_loggers(base: str) -> None:
+    """The base's is one class, and not a list."""
+    own = {"class_path": "tx_lightning.loggers.WandB"}
+    first = config("first", trainer={"logger": {**own, "init_args": {"project": "mine"}}})
+    later = config("later", trainer={"logger": [own]})
+    words = ["--config", base, "--config", first, "--config", later]
+    (found,) = cli.CommandLine(words, run=False).config.trainer.logger
+    assert found.init_args.project == "tx_lightning"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to")
+def test_a_resumed_run_takes_the_lists_of_later_files(base: str) -> None:
+    first = config("first", trainer={"callbacks": [best(monitor="val/loss", filename="best")]})
+    assert main(["fit", "--config", base, "--config", first]) == 0
+    later = config("later", trainer={"max_epochs": 3, "callbacks": [best(save_last=True)]})
+    run = only_run()
+    assert main(["fit", "--resume", str(run), "--config", later]) == 0
+    (found,) = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert found["init_args"]["monitor"] is None
+    assert found["init_args"]["save_last"] is True
+
+
+def test_a_key_given_twice_is_named_with_its_file_and_lines(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*words: str) -> str:
+        assert main(["fit", "--config", base, *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    Path("twice.yaml").write_text("trainer:\n  max_epochs: 1\n  max_steps: 4\n  max_epochs: 2\n")
+    says = "twice.yaml: trainer.max_epochs is given twice, in lines 2 and 4"
+    assert says in refused("--config", "twice.yaml")
+    Path("section.yaml").write_text("max_epochs: 1\nmax_epochs: 2\n")
+    says = "section.yaml: max_epochs is given twice, in lines 1 and 2"
+    assert says in refused("--trainer", "section.yaml")
+    assert "lr is given twice" in refused('--model={"init_args": {"lr": 1, "lr": 2}}')
+    folder = Path("runs/tiny/old")
+    folder.mkdir(parents=True)
+    text = Path(base).read_text()
+    (folder / "config.yaml").write_text(f"{text}\nseed_everything: 1\nseed_everything: 2\n")
+    assert main(["fit", "--resume", str(folder)]) == 2
+    lines = len(text.splitlines()) + 2, len(text.splitlines()) + 3
+    says = f"config.yaml: seed_everything is given twice, in lines {lines[0]} and {lines[1]}"
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model.lr", ".nan"], "model.lr: nan is not a finite number"),
+        (["--model.lr", "-.inf"], "model.lr: -inf is not a finite number"),
+        (["--model.lr", "1e400"], "model.lr: inf is not a finite number"),
+        (["--model.lr", "1" + 400 * "0"], "model.lr: 1000000000000000000000000000000000000... is"),
+        (["--model.lr", "0,001"], "model.lr: 0,001 is not float; a number looks like 0.001 or 1e-"),
+        (["--model.lr", "null"], "model.lr: null is not float"),
+        (["--model.lr=true"], "model.lr: true is not float"),
+        (["--model.dim", "4.5"], "model.dim: 4.5 is not int; a number looks like 3 or -1"),
+        (["--model.dim", "x", "--model.lr", "-1e-3"], "model.dim: x is not int"),
+        (["--data.batches", "null"], "data.batches: null is not int"),
+        (["--trainer.gradient_clip_val", ".inf"], "trainer.gradient_clip_val: inf is not a finite"),
+        (
+            ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.min_delta=.nan"],
+            "min_delta: nan is not a finite number",
+        ),
+        (["--trainer.max_epochs", "9" * 5000], "trainer.max_epochs"),
+        (["--seed_everything", "-1"], "seed_everything is -1; it must be from 0 to 4294967295"),
+        (["--seed_everything", str(2**40)], "seed_everything is 1099511627776; it must be from 0"),
+        (["--seed_everything", "null"], "seed_everything: null is not int"),
+        (["--seed_everything", "1.5"], "seed_everything: 1.5 is not int"),
+    ],
+)
+def test_a_wrong_number_is_one_line(
+    base: str, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert main(["fit", "--config", base, *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert len(line) < 200
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: '0,001'}}", "0,001 is not fl"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: true}}", "true is not float"),
+        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: .nan}}", "nan is not a finit"),
+        ("network: {init_args: {dropout: .inf}}", "model.network.dropout: inf is not a finite"),
+        ("network: {init_args: {d_model: null}}", "model.network.d_model: null is not int"),
+        ("decoding: {class_path: Beam, init_args: {length_penalty: .nan}}", "nan is not a finite"),
+        (
+            "decoding: {init_args: {filters: [{class_path: MinLength, init_args: {length: x}}]}}",
+            "model.decoding.filters.0.length: x is not int",
+        ),
+        ("label_smoothing: -.inf", "model.label_smoothing: -inf is not a finite number"),
+    ],
+)
+def test_a_wrong_number_below_classes_is_one_line(
+    capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    Path("wrong.yaml").write_text(f"model: {{init_args: {{{text}}}}}")
+    assert main(["fit", "--config", TRANSLATION, "--config", "wrong.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert line.startswith("error: model.")
