@@ -19,6 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from tx_lightning.runs import METRICS, shown
 from tx_lightning.wandb_files import UnknownFormat, has_numbers, keep_history
 
+MOST_SECONDS = 3_600
+
 Mode = Literal["online", "offline", "disabled"]
 BEST = {
     "val/bleu": "max",
@@ -119,6 +121,10 @@ class WandB(WandbLogger):
         )
         self.mode: Mode = wandb_mode() if mode == "auto" else mode
         self._asked = mode != "auto" or bool(os.environ.get("WANDB_MODE"))
+        if not 0 <= flush_seconds <= MOST_SECONDS:
+            raise ValueError(
+                f"flush_seconds={flush_seconds} of WandB must be from 0 to {MOST_SECONDS:,}"
+            )
         self._flush_seconds = flush_seconds
         self.rows = 0
         self._missing: list[dict[str, Any]] = []

@@ -15,6 +15,9 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 from torchmetrics import Metric
 
+MOST_WORDS = 10  # of an n-gram
+MOST_CLASSES = 20_000
+
 
 class _CorpusScore(Metric):
     """A sacreBLEU score from summed integer statistics, one reference per hypothesis."""
@@ -94,6 +97,8 @@ class CorpusChrF(_CorpusScore):
     """
 
     def __init__(self, *, word_order: int = 0, lowercase: bool = False) -> None:
+        if word_order not in range(MOST_WORDS + 1):
+            raise ValueError(f"word_order must be from 0 to {MOST_WORDS}; it is {word_order}")
         scorer = CHRF(word_order=word_order, lowercase=lowercase)
         super().__init__(scorer, n_statistics=3 * scorer.order)
 
@@ -191,6 +196,11 @@ class ConfusionCounts(Metric):
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
+        if n_classes not in range(1, MOST_CLASSES + 1):
+            raise ValueError(
+                f"n_classes must be from 1 to {MOST_CLASSES:,}, since every pair of classes is "
+                f"counted; it is {n_classes}"
+            )
         self.n_classes = n_classes
         counts = torch.zeros(n_classes * n_classes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")

@@ -4,6 +4,7 @@ A schedule knows nothing of warmup: `tx_lightning.callbacks.LRWarmup` composes w
 """
 
 import math
+import sys
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,6 +40,19 @@ class InverseSquareRoot(LRScheduler):
     def __init__(
         self, optimizer: Optimizer, reference_step: int = 4000, last_epoch: int = -1
     ) -> None:
+        if last_epoch not in range(-1, sys.maxsize):
+            raise ValueError(
+                f"last_epoch={last_epoch} of InverseSquareRoot must be a step, or -1 to begin"
+            )
+        if last_epoch != -1 and not all("initial_lr" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"last_epoch={last_epoch} of InverseSquareRoot needs an optimizer that was "
+                "scheduled before, with initial_lr in its groups: leave it out to begin"
+            )
+        if not isinstance(reference_step, int):
+            raise ValueError(
+                f"reference_step={reference_step} of InverseSquareRoot must be an integer"
+            )
         if reference_step < 1:
             raise ValueError(
                 f"reference_step={reference_step} of InverseSquareRoot must be at least 1: "

@@ -8,6 +8,7 @@ id vocab_size - 1 - k.
 Shapes: N tokens of a segment.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from tx_lightning.data.batches import RowIds, TranslationBatch, padded, row_ids
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.masking import mask_id
 from tx_lightning.data.sampler import ShardSampler, Share, TokenBatchSampler
 from tx_lightning.data.segments import AROUND, EVALUATION_SEED, SegmentData, Segments
@@ -28,6 +29,7 @@ from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrain
 Ids = npt.NDArray[Any]
 Counts = npt.NDArray[np.int64]
 
+LONGEST_SPAN = 1_000  # tokens, on average
 _DAMAGE = 2  # keeps these random numbers apart from those that order the examples
 
 
@@ -102,13 +104,14 @@ class SpanCorruption(Noise):
         self, *, rate: float = 0.15, mean_span: float = 3.0, n_sentinels: int = 100
     ) -> None:
         _check_rate("SpanCorruption", rate)
-        if mean_span < 1:
+        if not 1 <= mean_span < math.inf:
             raise DataError(f"SpanCorruption: mean_span is {mean_span}; it must be at least 1")
         if n_sentinels < 2:
             raise DataError(
                 f"SpanCorruption: n_sentinels is {n_sentinels}; it must be at least 2, one for a "
                 "span and one for the end of the target"
             )
+        check_at_least("SpanCorruption: n_sentinels", n_sentinels, 2)
         self.rate = rate
         self.mean_span = mean_span
         self.n_sentinels = n_sentinels
@@ -178,8 +181,11 @@ class TextInfilling(Noise):
 
     def __init__(self, *, rate: float = 0.3, poisson: float = 3.0) -> None:
         _check_rate("TextInfilling", rate)
-        if poisson <= 0:
-            raise DataError(f"TextInfilling: poisson is {poisson}; it must be above 0")
+        if not 0 < poisson <= LONGEST_SPAN:
+            raise DataError(
+                f"TextInfilling: poisson is {poisson}; it must be above 0 and at most "
+                f"{LONGEST_SPAN:,}"
+            )
         self.rate = rate
         self.poisson = poisson
 

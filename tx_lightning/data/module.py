@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from tx_lightning.data.batches import Batch, Batches
 from tx_lightning.data.cache import CacheError, Progress, build_once
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.folders import cache_folder
 from tx_lightning.data.loader import BatchLoader, ResumableLoader
@@ -25,6 +25,7 @@ S = TypeVar("S", bound=Store)
 B = TypeVar("B", bound=Batch)
 
 Record = tuple[str, ...]
+MOST_WORKERS = 1_000
 _LEARNED_CHARACTERS = 5_000  # A longer text is not one sentence, and learning is quadratic in it.
 
 
@@ -104,7 +105,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         check_at_least("vocab_size", vocab_size, UNK + 2 + reserved)
         check_at_least("batch_tokens", batch_tokens, 1)
         check_at_least("eval_batch_tokens", eval_batch_tokens, 1)
-        check_at_least("num_workers", num_workers, 0)
+        check_at_least("num_workers", num_workers, 0, most=MOST_WORKERS)
         check_at_least("seed", seed, 0)
         self.source = source
         self.vocab_size = vocab_size
@@ -436,12 +437,6 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Refuse an argument below `least`."""
-    if value < least:
-        raise DataError(f"{name} is {value}; it must be at least {least}")
 
 
 def _check_not_empty(split: str, store: Store) -> None:

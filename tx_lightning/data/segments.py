@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tx_lightning.data.batches import Batch
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.language_modeling import pieces
-from tx_lightning.data.module import Record, TextData, check_at_least
+from tx_lightning.data.module import Record, TextData
 from tx_lightning.data.sampler import Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.text_sources import TextSource

@@ -286,7 +286,11 @@ def one_file(file: str | None) -> tuple[str, ...] | None:
 
 def check_column(kind: str, option: str, column: int | str | None) -> None:
     """Refuse the number of a column that no file can have."""
-    if isinstance(column, int) and column < 0:
+    if isinstance(column, str | None):
+        return
+    if isinstance(column, bool) or not isinstance(column, int):
+        raise DataError(f"{kind}: {option} is {column!r}; it must be a number or a name")
+    if column < 0:
         raise DataError(f"{kind}: {option} is {column}, but columns are numbered from 0")
 
 

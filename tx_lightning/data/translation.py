@@ -1,5 +1,6 @@
 """The data of a translation task: from a source of sentence pairs to batches on every rank."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tx_lightning.data.batches import PairBatches, TranslationBatch
-from tx_lightning.data.errors import DataError
-from tx_lightning.data.module import Record, TextData, check_at_least
+from tx_lightning.data.errors import DataError, check_at_least
+from tx_lightning.data.module import Record, TextData
 from tx_lightning.data.sampler import ShardSampler, Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.sources import ParallelSource
 from tx_lightning.data.store import SIDES, PairStore
@@ -78,7 +79,8 @@ class TranslationData(TextData[PairStore, TranslationBatch]):
         cache_dir: str | None = None,
     ) -> None:
         check_at_least("max_length", max_length, 1)
-        check_at_least("max_length_ratio", max_length_ratio or 1, 1)
+        if max_length_ratio is not None and not 1 <= max_length_ratio < math.inf:
+            raise DataError(f"max_length_ratio is {max_length_ratio}; it must be at least 1")
         super().__init__(
             source,
             vocab_size,

@@ -36,8 +36,7 @@ def configure_optimizers(
     Raises:
         ValueError: When `layer_decay` is not above 0 and at most 1.
     """
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
+    check_layer_decay(layer_decay)
     depths = parameter_depths(network)
     deepest = max(depths.values(), default=0)
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -63,6 +62,12 @@ def configure_optimizers(
             "lr_scheduler": {"scheduler": schedule, "interval": "epoch", "monitor": "val/loss"},
         }
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_layer_decay(layer_decay: float | None) -> None:
+    """Refuse a factor that is no share, before anything runs."""
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
 
 
 def parameter_depths(network: nn.Module) -> dict[str, int]:

@@ -23,7 +23,12 @@ from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
 from tx_lightning.losses import TokenLoss
 from tx_lightning.sharding import Sharded, gather, scatter, shard
-from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
+from tx_lightning.tasks.steps import (
+    check_layer_decay,
+    clip_gradients,
+    configure_optimizers,
+    seed_batch,
+)
 
 B = TypeVar("B", bound=Batch)
 Row = dict[str, str | float]  # of a table of samples: what stands in each column
@@ -66,6 +71,7 @@ class Task(LightningModule, Generic[B]):
         freeze: Sequence[str],
     ) -> None:
         super().__init__()
+        check_layer_decay(layer_decay)
         self.network = network
         self.vocab_size = vocab_size
         self.optimizer = optimizer
