@@ -22,15 +22,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tx_lightning import commands
 from tx_lightning.data.classification import ClassificationData
-from tx_lightning.data.denoising import Noise
+from tx_lightning.data.denoising import DenoisingData, Noise, TextInfilling
 from tx_lightning.data.grammar import Grammar
 from tx_lightning.data.labelled_sources import GrammarPolarity, LabelledCSV, LabelledTSV
+from tx_lightning.data.language_modeling import LanguageModelingData
+from tx_lightning.data.masked_language_modeling import MaskedLanguageModelingData
 from tx_lightning.data.masking import Masking
+from tx_lightning.data.module import TextData
 from tx_lightning.data.sources import TSV, Source
 from tx_lightning.data.tagged_sources import CoNLL, GrammarTags
 from tx_lightning.data.tagging import TaggingData
 from tx_lightning.data.text_sources import GrammarText, TextFiles
-from tx_lightning.data.tokenizers import TokenizerTrainer
+from tx_lightning.data.tokenizers import Characters, TokenizerTrainer
 from tx_lightning.data.translation import TranslationData
 from tx_lightning.decoding import Decoding, Filter
 from tx_lightning.models.classifier import Classifier, Tagger
@@ -205,3 +208,33 @@ def test_the_enumeration_finds_classes_of_every_kind() -> None:
     for seam in SEAMS:
         assert any(issubclass(cls, seam) for cls in found), seam
     assert len(CASES) > 150
+
+
+SENTENCES: dict[str, Any] = {"n_train": 30, "n_val": 5, "n_test": 5}
+DATA: dict[type[TextData[Any, Any]], dict[str, Any]] = {
+    TranslationData: {"source": Grammar(**SENTENCES)},
+    LanguageModelingData: {"source": GrammarText(**SENTENCES), "block_length": 16},
+    ClassificationData: {"source": GrammarPolarity(**SENTENCES), "n_classes": 2},
+    TaggingData: {"source": GrammarTags(**SENTENCES), "n_tags": 5},
+    MaskedLanguageModelingData: {"source": GrammarText(**SENTENCES)},
+    DenoisingData: {"source": GrammarText(**SENTENCES), "noise": TextInfilling()},
+}
+
+
+@pytest.mark.parametrize("cls", DATA)
+def test_a_budget_without_bounds_is_one_batch(cls: type[TextData[Any, Any]]) -> None:
+    data = cls(
+        vocab_size=100,
+        tokenizer=Characters(),
+        batch_tokens=10**18,
+        eval_batch_tokens=10**18,
+        seed=10**18,
+        **DATA[cls],
+    )
+    data.prepare_data()
+    data.setup()
+    assert len(list(data.train_dataloader())) == len(list(data.val_dataloader())) == 1
+
+
+def test_every_data_module_is_tried() -> None:
+    assert {cls for cls in classes() if issubclass(cls, TextData)} == set(DATA)

@@ -97,7 +97,7 @@ class CorpusChrF(_CorpusScore):
     """
 
     def __init__(self, *, word_order: int = 0, lowercase: bool = False) -> None:
-        if word_order not in range(MOST_WORDS + 1):
+        if type(word_order) is not int or not 0 <= word_order <= MOST_WORDS:
             raise ValueError(f"word_order must be from 0 to {MOST_WORDS}; it is {word_order}")
         scorer = CHRF(word_order=word_order, lowercase=lowercase)
         super().__init__(scorer, n_statistics=3 * scorer.order)
@@ -196,7 +196,7 @@ class ConfusionCounts(Metric):
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
-        if n_classes not in range(1, MOST_CLASSES + 1):
+        if type(n_classes) is not int or not 1 <= n_classes <= MOST_CLASSES:
             raise ValueError(
                 f"n_classes must be from 1 to {MOST_CLASSES:,}, since every pair of classes is "
                 f"counted; it is {n_classes}"

@@ -26,6 +26,7 @@ B = TypeVar("B", bound=Batch)
 
 Record = tuple[str, ...]
 MOST_WORKERS = 1_000
+MOST_ENTRIES = 10_000_000  # of a vocabulary; learning reserves memory for as many
 _LEARNED_CHARACTERS = 5_000  # A longer text is not one sentence, and learning is quadratic in it.
 
 
@@ -102,7 +103,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         # On more processes than evaluation batches, some have nothing to do.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         eval_batch_tokens = batch_tokens if eval_batch_tokens is None else eval_batch_tokens
-        check_at_least("vocab_size", vocab_size, UNK + 2 + reserved)
+        check_at_least("vocab_size", vocab_size, UNK + 2 + reserved, most=MOST_ENTRIES)
         check_at_least("batch_tokens", batch_tokens, 1)
         check_at_least("eval_batch_tokens", eval_batch_tokens, 1)
         check_at_least("num_workers", num_workers, 0, most=MOST_WORKERS)
