@@ -214,6 +214,8 @@ def write_atomically(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         CheckpointError: When it cannot be written, as on a full disk.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a file would take the place of a device
+        raise CheckpointError(f"checkpoint {path} could not be written: there is something else")
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,13 @@ from tx_lightning.data.classification import split_line
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks.classification import Classification
 from tx_lightning.tasks.tagging import Tagging
-from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
+from tx_lightning.text_verbs import (
+    device_named,
+    parse_words,
+    quiet_when_closed,
+    read_lines,
+    standard_input,
+)
 
 DESCRIPTION = """\
 Label lines from standard input with the checkpoint of a classifier alone: label and probability,
@@ -46,7 +52,7 @@ def main(words: Sequence[str]) -> int:
     number, long = 0, _LongLines()
     try:
         with quiet_when_closed():
-            for lines in read_lines(sys.stdin.buffer, options.batch_size):
+            for lines in read_lines(standard_input(), options.batch_size):
                 long.before = number
                 if isinstance(task, Tagging):
                     found = _tagged(task, lines, long, options)

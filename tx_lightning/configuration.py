@@ -121,7 +121,7 @@ def _kinds(hint: Any) -> list[str]:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = str(value) or "''"
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

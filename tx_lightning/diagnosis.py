@@ -215,7 +215,7 @@ def _shortened(message: str, values: Mapping[str, Any]) -> str:
         outer = re.findall(r'Parser key "([^"]+)":', message)
         told = told.split(". Got value: ")[0]
         return f"{_full_key(key, values, told.split(' is not ')[0], outer)}: {told}"
-    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+    if name := re.search(r"(?:dot import path string|import path format): (\S*)", message):
         classes = {found.__name__ for found in known_classes()}
         return f"there is no class '{name[1]}'{did_you_mean(name[1], classes)}"
     *outer, innermost = re.split(r'Parser key "', message)
@@ -229,7 +229,7 @@ def _shortened(message: str, values: Mapping[str, Any]) -> str:
         return f"{_full_key(key, values, value[1], keys)}: {value[1]} is not {kinds}"
     lines = [line.strip() for line in message.splitlines() if not NOISE.search(line)]
     told_lines = [re.sub(r'Parser key "(.*)":', r"\1:", line) for line in lines if line]
-    return "\n  ".join(list(dict.fromkeys(told_lines))[:MOST_LINES])
+    return " ".join(list(dict.fromkeys(told_lines))[:MOST_LINES])
 
 
 def _full_key(key: str, values: Mapping[str, Any], value: str, keys: Sequence[str]) -> str:

@@ -44,6 +44,8 @@ class _CorpusScore(Metric):
         Raises:
             ValueError: When there are more of the one than of the other.
         """
+        if isinstance(hypotheses, str) or isinstance(references, str):
+            raise ValueError("hypotheses and references are lists of texts, not one text each")
         if len(hypotheses) != len(references):
             raise ValueError(
                 f"{len(hypotheses)} hypotheses were given for {len(references)} references: "

@@ -22,7 +22,7 @@ from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.masking import mask_id
 from tx_lightning.data.sampler import ShardSampler, Share, TokenBatchSampler
 from tx_lightning.data.segments import AROUND, EVALUATION_SEED, SegmentData, Segments
-from tx_lightning.data.store import Store
+from tx_lightning.data.store import SIDES, Store
 from tx_lightning.data.text_sources import TextSource
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrainer
 
@@ -354,6 +354,27 @@ class DenoisingData(SegmentData[TranslationBatch]):
                 f"{self.max_length} needs {needed}; raise n_sentinels or mean_span, or lower rate "
                 "or max_length"
             )
+
+    def check_reach(self, source: int | None, target: int | None) -> None:
+        """Refuse rows that may be longer than the positions of a network reach.
+
+        Args:
+            source: The longest sequence of the encoder, EOS included; None: there is no limit.
+            target: That of the decoder, likewise.
+
+        Raises:
+            DataError: Says how long they may be.
+        """
+        lengths = np.arange(1, self.max_length - AROUND + 1)
+        sides = self.noise.source_lengths(lengths), self.noise.target_lengths(lengths)
+        for side, rows, reach in zip(SIDES, sides, (source, target), strict=True):
+            if reach is not None and rows.max() >= reach:
+                raise DataError(
+                    f"data.max_length is {self.max_length:,}, so that a {side} may have "
+                    f"{rows.max():,} tokens, more than the {reach - 1:,} that the network's "
+                    f"positions hold (max_length {reach:,}, with the end); lower data.max_length, "
+                    "raise max_length of the positions, or use a scheme without a limit"
+                )
 
     def check(self, stores: dict[str, Store]) -> None:
         super().check(stores)

@@ -29,6 +29,19 @@ def check_at_least(name: str, value: object, least: int, most: int = LARGEST) ->
         raise DataError(f"{name} is {value}; it must be at most {most:,}")
 
 
+def check_texts(texts: object) -> None:
+    """Refuse one text where several are expected: its letters are not meant.
+
+    Raises:
+        DataError: Says how to give one.
+    """
+    if isinstance(texts, str | bytes):
+        raise DataError(
+            f"a list of texts is expected, not the one text {_shortened(str(texts))!r}: give it as "
+            "[text]"
+        )
+
+
 def listed(names: Sequence[str], wanted: str) -> str:
     """The names that exist, the nearest to `wanted` first, as `'train', 'val' and 3 more`."""
     short = [_shortened(name) for name in names[:_COMPARED]]

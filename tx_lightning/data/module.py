@@ -1,6 +1,7 @@
 """What the data modules of all tasks share: cache, tokenizers, splits, loaders on every rank."""
 
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from tx_lightning.data.loader import BatchLoader, ResumableLoader
 from tx_lightning.data.sampler import EvaluationSampler, Share, StepSampler
 from tx_lightning.data.sources import Source
 from tx_lightning.data.store import FORMAT, SIDES, Store, digest, store_key
-from tx_lightning.data.text import read_lines
+from tx_lightning.data.text import decoded_lines, missing, open_binary, spooled
 from tx_lightning.data.tokenizers import UNK, Tokenizers, TokenizerTrainer, check_capacity
 
 S = TypeVar("S", bound=Store)
@@ -66,6 +67,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     Attributes:
         given_tokenizers: Set by whoever starts from pretrained weights: used instead of new ones.
+        stores: What was opened, by split or name.
         statistics: Counts of the data, for the loggers.
 
     Raises:
@@ -80,6 +82,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
     val_store: S
     test_store: S
     predict_store: S
+    stores: dict[str, S]
     tokenizers: Tokenizers
 
     def __init__(
@@ -120,6 +123,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         self.seed = seed
         self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
         self.given_tokenizers: Tokenizers | None = None
+        self._copy: Path | None = None  # of predict_file; deleted with this object
         self._planned: tuple[tuple[S, Place], StepSampler] | None = None
         self.statistics: dict[str, int | float | str] = {}
 
@@ -202,8 +206,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
             if split == self.train_split or counts.cut:
                 print(f"{split}: {counts}", file=sys.stderr)
         if self.predict_file is not None and stage in (None, TrainerFn.PREDICTING):
-            lines = (self.predict_record(line) for line in read_lines(self.predict_file))
-            build_once(self._predict_folder(), lambda folder: self.write(folder, None, lines))
+            build_once(self._predict_folder(), self._write_predicted)
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` made.
@@ -215,6 +218,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         if self.trainer is not None and self.trainer.world_size > 1:
             self._check_same_everywhere()
         stores = {split: self.store_type(self.store_folder(split)) for split in self._splits(stage)}
+        self.stores = stores
         for split, store in stores.items():
             _check_not_empty(split, store)
         if self.train_split in stores:
@@ -226,7 +230,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         if stage in (None, "predict"):
             if self.predict_file is not None:
                 self.predict_store = self.store_type(self._predict_folder())
-                stores = {**stores, self.predict_file: self.predict_store}
+                stores[self.predict_file] = self.predict_store
             elif self.test_split in stores:
                 self.predict_store = self.test_store
         self.check(stores)
@@ -343,8 +347,30 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         return self._records_folder(self.source.fingerprint(split), self.store_settings(split))
 
     def _predict_folder(self) -> Path:
+        return self._records_folder(file_sha256(self._predicted()), self.store_settings(None))
+
+    def _predicted(self) -> Path:
+        """The file to predict, or a copy where it is a pipe or the like."""
         assert self.predict_file is not None
-        return self._records_folder(file_sha256(self.predict_file), self.store_settings(None))
+        path = Path(self.predict_file).expanduser()
+        if path.is_file():
+            return path
+        if not path.exists():
+            raise DataError(missing(path))
+        if self.place().world_size > 1:
+            raise DataError(
+                f"predict_file: {path} can be read only once, and there are several processes; "
+                "write its content to a file and name that"
+            )
+        if self._copy is None:
+            self._copy = spooled(path, self.cache)
+            weakref.finalize(self, self._copy.unlink, missing_ok=True)
+        return self._copy
+
+    def _write_predicted(self, folder: Path) -> None:
+        with open_binary(self._predicted()) as file:
+            lines = decoded_lines(file, str(self.predict_file))
+            self.write(folder, None, (self.predict_record(line) for line in lines))
 
     def _records_folder(self, fingerprint: str, settings: dict[str, Any] | None) -> Path:
         return self.cache / self.folder / store_key(fingerprint, self.tokenizers, settings)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_texts
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
@@ -134,6 +134,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS."""
+        check_texts(texts)
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         if self._prefix:
             return [self._prefix + encoding.ids for encoding in encodings]
@@ -141,6 +142,9 @@ class Tokenizer:
 
     def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of each word of each sentence; a word of nothing is one unknown token."""
+        check_texts(sentences)
+        for words in sentences:
+            check_texts(words)
         flat = self._model.encode_batch_fast(
             [word for words in sentences for word in words], add_special_tokens=False
         )
@@ -263,6 +267,7 @@ class TokenizerTrainer(ABC):
         trainer: trainers.Trainer,
         texts: Iterable[str],
     ) -> Tokenizer:
+        check_texts(texts)
         model.train_from_iterator(texts, trainer=trainer)
         settings = json.loads(model.to_str())
         # The trainer also lists the special tokens as "added", to be searched for in all text.

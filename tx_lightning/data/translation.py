@@ -169,6 +169,33 @@ class TranslationData(TextData[PairStore, TranslationBatch]):
                 name = split if split == self.predict_file else f"split {split!r}"
                 _check_lengths(name, store)
 
+    def check_reach(self, source: int | None, target: int | None) -> None:
+        """Refuse sentences that are longer than the positions of a network reach.
+
+        Args:
+            source: The longest sequence of the encoder, EOS included; None: there is no limit.
+            target: That of the decoder, likewise.
+
+        Raises:
+            DataError: Says which sentence of which split.
+        """
+        for split, store in self.stores.items():
+            for side, reach in zip(SIDES, (source, target), strict=True):
+                longest = store.row_lengths(side).max()
+                if reach is None or longest < reach:
+                    continue
+                if split == self.train_split:
+                    where, remedy = f"split {split!r}: a {side} sentence", "lower data.max_length"
+                else:
+                    number = int(store.lengths(side).argmax()) + 1
+                    name = split if split == self.predict_file else f"split {split!r}"
+                    where, remedy = f"{name}: {side} sentence {number}", "shorten it"
+                raise DataError(
+                    f"{where} has {longest:,} tokens, more than the {reach - 1:,} that the "
+                    f"network's positions hold (max_length {reach:,}, with the end); {remedy}, "
+                    "raise max_length of the positions, or use a scheme without a limit"
+                )
+
     def _check_budget(self, store: PairStore) -> None:
         longest = max(store.row_lengths(side, extra=1).max() for side in SIDES)
         if longest > self.batch_tokens:
