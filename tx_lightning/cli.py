@@ -70,6 +70,13 @@ LINKS = {
     "seed_everything": "data.init_args.seed",
 }
 MOST_SEED = 2**32 - 1  # of NumPy
+LEAST = {  # of the trainer's arguments
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
 
@@ -201,9 +208,20 @@ class CommandLine(LightningCLI):
             verb_parser = self._parser(self.verb)
             raise ConfigurationError(explain(str(error), words, verb_parser)) from error
         self._check_links(values)
-        seed = self._section().seed_everything
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that Lightning takes and fails with later, or not at all."""
+        section = self._section()
+        seed = section.seed_everything
         if not 0 <= seed <= MOST_SEED:
             raise ConfigurationError(f"seed_everything is {seed}; it must be from 0 to {MOST_SEED}")
+        for name, least in LEAST.items():
+            value = section.trainer.get(name)
+            if isinstance(value, int | float) and value < least:
+                raise ConfigurationError(f"trainer.{name} is {value}; it must be at least {least}")
+        if section.trainer.val_check_interval == 0:
+            raise ConfigurationError("trainer.val_check_interval is 0; it must be above 0")
 
     def _with_resumed_run(self, words: list[str]) -> list[str]:
         """Replace `--resume FOLDER` by the configuration of that run."""

@@ -80,7 +80,8 @@ class _Option(ActionTypeHint):
             raise self._refusal(f"{_short(value)} is not a finite number") from None
         except TypeError as error:
             kinds = _kinds(self._typehint)
-            if {"int", "float"} & set(kinds) and isinstance(value, str | int | float | None):
+            no_number = {"int", "float"} & set(kinds) and isinstance(value, str | int | float)
+            if no_number or (kinds and value is None):
                 raise self._refusal(_not_one_of(kinds, value)) from error
             raise
         for number in _numbers(parsed):
@@ -130,6 +131,8 @@ def _not_one_of(kinds: list[str], value: str | float | None) -> str:
     plain = _short(value) if isinstance(value, str | float) else json.dumps(value)
     looks = "0.001 or 1e-3" if "float" in kinds else "3 or -1"
     hint = f"; a number looks like {looks}" if isinstance(value, str) else ""
+    if value is None:
+        hint = "; give it a value"
     return f"{plain} is not {' or '.join(kinds)}{hint}"
 
 
