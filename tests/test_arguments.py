@@ -156,3 +156,34 @@ def test_a_wrong_number_below_classes_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
     assert line.startswith("error: model.")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("trainer: 5", "trainer: 5 is no section of keys"),
+        ("trainer: [max_epochs]", "trainer: ['max_epochs'] is no section of keys"),
+        ("model: [1]", "model: [1] is no section of keys"),
+        ("model: {init_args: 5}", "model.init_args is 5; it must hold arguments by their names"),
+        ("trainer: {callbacks: [5]}", "trainer.callbacks: 5 is not accepted there"),
+        ("trainer: {callbacks: [{class_path: EarlyStopping}]}", "monitor: null is not str; give"),
+        ("ckpt_path: 5", "ckpt_path: 5 is not str or null"),
+        ("resume: 5", "--resume 5: it has no config.yaml"),
+        ("name: 5", "name: 5 is not str or null"),
+        ("trainer: {max_epochs: yes}", "trainer.max_epochs: true is not int or null"),
+        ("trainer: {max_epochs: 1e3}", "trainer.max_epochs: 1000.0 is not int or null"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(
+    base: str, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    Path("odd.yaml").write_text(text)
+    assert main(["fit", "--config", base, "--config", "odd.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_without_data_there_is_no_run(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = config("alone", model=BASE["model"])
+    assert main(["fit", "--config", alone]) == 2
+    assert capsys.readouterr().err == "error: no data section: give --config with one\n"

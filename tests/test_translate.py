@@ -176,6 +176,20 @@ def test_a_line_beyond_the_positions_is_named_with_the_limit(
     status, lines, said = verb(b"eins zwei drei\n\neins zwei drei vier\n", "--batch_size", "1")
     assert (status, len(lines)) == (1, 2)
     assert said == (
-        "error: standard input, line 3: 4 tokens are too many for a sentence, at most 3 can be "
-        "translated; the lines before this batch are\n"
+        "error: standard input, line 3: 4 tokens are too many for a sentence, at most 3 fit; the "
+        "lines before this batch are translated\n"
     )
+
+
+def test_numbers_in_the_settings_of_a_checkpoint_are_finite(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    search = content["tx_lightning"]["task"]["init_args"]["test_decoding"]["init_args"]
+    for value, says in ((float("nan"), "nan"), (float("-inf"), "-inf"), (10**400, "1000000000")):
+        search["length_penalty"] = value
+        write_atomically(content, tmp_path / "forged.ckpt")
+        assert main(["translate", str(tmp_path / "forged.ckpt")]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"length_penalty: {says}" in line.replace('"length_penalty"', "length_penalty")
+        assert "is not a finite number" in line

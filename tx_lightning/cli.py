@@ -196,7 +196,7 @@ class CommandLine(LightningCLI):
         words = self._with_resumed_run(args)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
-            self.checkpoint = Path(values["ckpt_path"])
+            self.checkpoint = Path(str(values["ckpt_path"]))
         if self.resumed:
             self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
         self._model_from_checkpoint = bool(self.checkpoint) and not _has_class(values, "model")
@@ -206,6 +206,8 @@ class CommandLine(LightningCLI):
             self.config = parser.parse_args(words)
         except (ArgumentError, DuplicateKey) as error:
             verb_parser = self._parser(self.verb)
+            if not isinstance(error, DuplicateKey) and not _has_class(values, "data"):
+                raise ConfigurationError("no data section: give --config with one") from error
             raise ConfigurationError(explain(str(error), words, verb_parser)) from error
         self._check_links(values)
         self._check_numbers()
@@ -228,7 +230,7 @@ class CommandLine(LightningCLI):
         folder = given(words).get("resume") if self.verb == "fit" else None
         if not folder:
             return words
-        self.resumed = Path(folder).absolute()
+        self.resumed = Path(str(folder)).absolute()
         if not (self.resumed / CONFIG).is_file():
             raise ConfigurationError(
                 f"--resume {folder}: it has no {CONFIG}, so it is no run folder"

@@ -53,6 +53,16 @@ class ConfigurationParser(LightningArgumentParser):
             action.__class__ = _Option
         return action
 
+    def _apply_actions(
+        self, cfg: Any, parent_key: str = "", prev_cfg: Any = None, skip_fn: Any = None
+    ) -> Namespace:
+        """Take the values of a file; jsonargparse passes over a section that is no mapping."""
+        for name in self.groups or ():
+            section = cfg.get(name) if isinstance(cfg, Mapping) and not parent_key else None
+            if not isinstance(section, Mapping | Namespace | str | None):
+                raise TypeError(f'Parser key "{name}": {_short(section)} is no section of keys')
+        return super()._apply_actions(cfg, parent_key, prev_cfg, skip_fn)
+
     def validate(self, namespace: Namespace, skip_unset: bool = True, **options: Any) -> None:
         """Check all values, nulls included: jsonargparse lets a null pass for any type."""
         super().validate(namespace, skip_unset=False, **options)

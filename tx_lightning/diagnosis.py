@@ -117,9 +117,13 @@ class _Reader:
                 f"{self._where}: {'.'.join(path)}: '{beside[0]}' stands beside class_path; "
                 "its place is below init_args"
             )
-        arguments = value.get("init_args")
-        if isinstance(arguments, Mapping):
-            self._read_tree(path, arguments)
+        arguments = value.get("init_args", {})
+        if not isinstance(arguments, Mapping):
+            raise Fault(
+                f"{self._where}: {'.'.join((*path, 'init_args'))} is {arguments!r}; it must hold "
+                "arguments by their names"
+            )
+        self._read_tree(path, arguments)
 
     def _check_name(self, path: Path_) -> None:
         """Fail where the last name of a path is not one of those that may stand there."""
@@ -229,6 +233,8 @@ def _shortened(message: str, values: Mapping[str, Any]) -> str:
         return f"{_full_key(key, values, value[1], keys)}: {value[1]} is not {kinds}"
     lines = [line.strip() for line in message.splitlines() if not NOISE.search(line)]
     told_lines = [re.sub(r'Parser key "(.*)":', r"\1:", line) for line in lines if line]
+    if value and all(line.endswith(":") for line in told_lines):
+        told_lines.append(f"{value[1]} is not accepted there")
     return " ".join(list(dict.fromkeys(told_lines))[:MOST_LINES])
 
 

@@ -57,8 +57,8 @@ def main(words: Sequence[str]) -> int:
                 line = number + error.index + 1
                 raise ValueError(
                     f"standard input, line {line}: {error.tokens:,} tokens are too many for a "
-                    f"sentence, at most {error.most:,} can be translated; the lines before this "
-                    "batch are"
+                    f"sentence, at most {error.most:,} fit; the lines before this batch are "
+                    "translated"
                 ) from error
             for hypotheses in found:
                 number += 1

@@ -150,6 +150,8 @@ class _Table(FileSource, LabelledSource):
 class LabelledTSV(_Table):
     """A file with tab-separated columns for each split, plain or gzip; quotes mean nothing.
 
+    All rows have as many columns as the first.
+
     Args:
         train: The file of the split `train`.
         val: The file of `val`.
@@ -183,7 +185,7 @@ class LabelledCSV(_Table):
     """A file with comma-separated columns for each split, plain or gzip.
 
     A field in double quotes may contain commas, line feeds (each becomes a space) and, doubled,
-    quotes (RFC 4180).
+    quotes (RFC 4180). All rows have as many fields as the first.
 
     Args:
         train: The file of the split `train`.
