@@ -153,6 +153,10 @@ def test_prompts_are_text_of_one_or_more_lines(run: Any) -> None:
     assert (status, out) == (1, "")
     assert said.startswith("error: prompt 2 holds a NUL byte")
     assert run("generate", "--prompt", "\ufeffa\r\nb") == run("generate", "--prompt", "a\nb")
+    for prompt in ("{a: 1, a: 2}", "a: [", "---\n- x: 1\n  x: 2", ".nan", "null", "[" * 2000):
+        status, out, said = run("generate", f"--prompt={prompt}")
+        assert (status, said) == (0, "")
+        assert out.startswith(prompt)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -109,6 +109,8 @@ class _Option(ActionTypeHint):
         try:
             return parse_value_or_config(value, enable_path=self._enable_path)[0]
         except DuplicateKey as error:
+            if self._is_valid_string(value):  # type: ignore[no-untyped-call]
+                return value  # a text that looks like YAML
             raise self._refusal(str(error)) from error
         except (yaml.YAMLError, TypeError, ValueError, OSError):
             return value

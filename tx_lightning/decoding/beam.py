@@ -122,8 +122,8 @@ class Beam(Decoding):
         tokens = problem.shared_tokens[:, None]  # (B, W, L)
         log_probs = torch.zeros(n_sentences, 1, dtype=score_dtype(logits), device=device)  # (B, W)
         max_lengths = torch.tensor(problem.max_lengths, device=device)
-        penalties = self._penalties(problem, shared).to(log_probs)  # (B, L + 1)
-        last_penalties = self._last_penalties(problem).to(log_probs)  # (B, 1)
+        penalties = self._penalties(problem, shared, log_probs.dtype)  # (B, L + 1)
+        last_penalties = self._last_penalties(problem, log_probs.dtype)  # (B, 1)
         none = log_probs.new_full((n_sentences, self.n_best), -math.inf)
         finished = Hypotheses(none, none, tokens.expand(-1, self.n_best, -1))
         results: list[tuple[Tensor, Hypotheses, Hypotheses]] = []
@@ -134,7 +134,7 @@ class Beam(Decoding):
                 tokens = widened(tokens, length, longest, problem.pad_id)
                 further = widened(finished.tokens, length, longest, problem.pad_id)
                 finished = finished._replace(tokens=further)
-                penalties = self._penalties(problem, tokens.shape[2]).to(log_probs)
+                penalties = self._penalties(problem, tokens.shape[2], log_probs.dtype)
             permitted = problem.permitted(
                 logits,
                 tokens[:, :, :last].flatten(0, 1),
@@ -171,19 +171,20 @@ class Beam(Decoding):
             logits = step(tokens[:, :, last].flatten(), state)
         return self._hypotheses(results, problem)
 
-    def _penalties(self, problem: Problem, longest: int) -> Tensor:
+    def _penalties(self, problem: Problem, longest: int, dtype: torch.dtype) -> Tensor:
         """Return what a sentence's log probabilities are divided by at each length, (B, L + 1)."""
+        device = problem.device
         by_length = [length_penalty(n, self.length_penalty) for n in range(longest + 1)]
-        prefixes = torch.tensor([len(prefix) for prefix in problem.prefixes])
-        lengths = (torch.arange(longest + 1) - prefixes[:, None]).clamp(min=0)
-        return torch.tensor(by_length, dtype=torch.float64)[lengths]
+        prefixes = torch.tensor([len(prefix) for prefix in problem.prefixes], device=device)
+        lengths = torch.arange(longest + 1, device=device) - prefixes[:, None]
+        return torch.tensor(by_length, dtype=dtype, device=device)[lengths.clamp(min=0)]
 
-    def _last_penalties(self, problem: Problem) -> Tensor:
+    def _last_penalties(self, problem: Problem, dtype: torch.dtype) -> Tensor:
         """Return the same at the maximum length of each sentence, (B, 1)."""
         pairs = zip(problem.max_lengths, problem.prefixes, strict=True)
         lengths = [most - len(prefix) for most, prefix in pairs]
         penalties = [[length_penalty(n, self.length_penalty)] for n in lengths]
-        return torch.tensor(penalties, dtype=torch.float64)
+        return torch.tensor(penalties, dtype=dtype, device=problem.device)
 
     def _hypotheses(
         self, results: list[tuple[Tensor, Hypotheses, Hypotheses]], problem: Problem
