@@ -238,3 +238,13 @@ def test_a_budget_without_bounds_is_one_batch(cls: type[TextData[Any, Any]]) -> 
 
 def test_every_data_module_is_tried() -> None:
     assert {cls for cls in classes() if issubclass(cls, TextData)} == set(DATA)
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for cls in classes() if issubclass(cls, TokenizerTrainer)], ids=lambda c: c.__name__
+)
+def test_a_vocabulary_has_a_size_that_memory_can_hold(cls: type[TokenizerTrainer]) -> None:
+    """The library reserves memory for all entries, and ends the process where it cannot."""
+    for size in [*VALUES, 2**40, True]:
+        with pytest.raises(ValueError, match="vocab_size is"), within(5):
+            cls().train(["a b"], size)  # type: ignore[arg-type]

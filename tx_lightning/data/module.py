@@ -20,14 +20,19 @@ from tx_lightning.data.sampler import EvaluationSampler, Share, StepSampler
 from tx_lightning.data.sources import Source
 from tx_lightning.data.store import FORMAT, SIDES, Store, digest, store_key
 from tx_lightning.data.text import decoded_lines, missing, open_binary, spooled
-from tx_lightning.data.tokenizers import UNK, Tokenizers, TokenizerTrainer, check_capacity
+from tx_lightning.data.tokenizers import (
+    MOST_ENTRIES,
+    UNK,
+    Tokenizers,
+    TokenizerTrainer,
+    check_capacity,
+)
 
 S = TypeVar("S", bound=Store)
 B = TypeVar("B", bound=Batch)
 
 Record = tuple[str, ...]
 MOST_WORKERS = 1_000
-MOST_ENTRIES = 10_000_000  # of a vocabulary; learning reserves memory for as many
 _LEARNED_CHARACTERS = 5_000  # A longer text is not one sentence, and learning is quadratic in it.
 
 

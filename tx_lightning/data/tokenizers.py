@@ -21,9 +21,10 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tx_lightning.data.errors import DataError, check_texts
+from tx_lightning.data.errors import DataError, check_at_least, check_texts
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+MOST_ENTRIES = 10_000_000  # of a vocabulary; learning reserves memory for as many
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
 _SPECIAL_ENTRIES = [f"{name} " for name in SPECIAL_NAMES]
 _OURS = (
@@ -319,6 +320,7 @@ class ByteLevelBPE(TokenizerTrainer):
                 f"vocab_size is {vocab_size}, but ByteLevelBPE needs at least {smallest} "
                 "(256 bytes and 4 special tokens); set vocab_size higher or use Characters"
             )
+        check_at_least("vocab_size", vocab_size, smallest, most=MOST_ENTRIES)
         model = tokenizers.Tokenizer(models.BPE())
         model.normalizer = self._normalizer(normalizers.Prepend(" "))
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -343,6 +345,7 @@ class Unigram(TokenizerTrainer):
     """
 
     def train(self, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        check_at_least("vocab_size", vocab_size, len(_SPECIAL_ENTRIES) + 1, most=MOST_ENTRIES)
         model = tokenizers.Tokenizer(models.Unigram())
         model.normalizer = self._normalizer(normalizers.Prepend(" "))
         model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -410,6 +413,7 @@ def _word_level(vocab_size: int) -> tokenizers.Tokenizer:
             f"vocab_size is {vocab_size}; it must be above {len(_SPECIAL_ENTRIES)}, "
             "the number of special tokens"
         )
+    check_at_least("vocab_size", vocab_size, len(_SPECIAL_ENTRIES) + 1, most=MOST_ENTRIES)
     return tokenizers.Tokenizer(models.WordLevel(unk_token=_SPECIAL_ENTRIES[UNK]))
 
 
