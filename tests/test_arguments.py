@@ -103,14 +103,11 @@ def test_a_key_given_twice_is_named_with_its_file_and_lines(
     [
         (["--model.lr", ".nan"], "model.lr: nan is not a finite number"),
         (["--model.lr", "-.inf"], "model.lr: -inf is not a finite number"),
-        (["--model.lr", "1e400"], "model.lr: inf is not a finite number"),
         (["--model.lr", "1" + 400 * "0"], "model.lr: 1000000000000000000000000000000000000... is"),
         (["--model.lr", "0,001"], "model.lr: 0,001 is not float; a number looks like 0.001 or 1e-"),
         (["--model.lr", "null"], "model.lr: null is not float"),
         (["--model.lr=true"], "model.lr: true is not float"),
-        (["--model.dim", "4.5"], "model.dim: 4.5 is not int; a number looks like 3 or -1"),
         (["--model.dim", "x", "--model.lr", "-1e-3"], "model.dim: x is not int"),
-        (["--data.batches", "null"], "data.batches: null is not int"),
         (["--trainer.gradient_clip_val", ".inf"], "trainer.gradient_clip_val: inf is not a finite"),
         (
             ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.min_delta=.nan"],
@@ -119,7 +116,6 @@ def test_a_key_given_twice_is_named_with_its_file_and_lines(
         (["--trainer.max_epochs", "9" * 5000], "trainer.max_epochs"),
         (["--seed_everything", "-1"], "seed_everything is -1; it must be from 0 to 4294967295"),
         (["--seed_everything", str(2**40)], "seed_everything is 1099511627776; it must be from 0"),
-        (["--seed_everything", "null"], "seed_everything: null is not int"),
         (["--seed_everything", "1.5"], "seed_everything: 1.5 is not int"),
     ],
 )
@@ -137,15 +133,12 @@ def test_a_wrong_number_is_one_line(
     [
         ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: '0,001'}}", "0,001 is not fl"),
         ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: true}}", "true is not float"),
-        ("optimizer: {class_path: torch.optim.AdamW, init_args: {lr: .nan}}", "nan is not a finit"),
         ("network: {init_args: {dropout: .inf}}", "model.network.dropout: inf is not a finite"),
         ("network: {init_args: {d_model: null}}", "model.network.d_model: null is not int"),
-        ("decoding: {class_path: Beam, init_args: {length_penalty: .nan}}", "nan is not a finite"),
         (
             "decoding: {init_args: {filters: [{class_path: MinLength, init_args: {length: x}}]}}",
             "model.decoding.filters.0.length: x is not int",
         ),
-        ("label_smoothing: -.inf", "model.label_smoothing: -inf is not a finite number"),
     ],
 )
 def test_a_wrong_number_below_classes_is_one_line(
@@ -163,14 +156,12 @@ def test_a_wrong_number_below_classes_is_one_line(
     [
         ("trainer: 5", "trainer: 5 is no section of keys"),
         ("trainer: [max_epochs]", "trainer: ['max_epochs'] is no section of keys"),
-        ("model: [1]", "model: [1] is no section of keys"),
         ("model: {init_args: 5}", "model.init_args is 5; it must hold arguments by their names"),
         ("trainer: {callbacks: [5]}", "trainer.callbacks: 5 is not accepted there"),
         ("trainer: {callbacks: [{class_path: EarlyStopping}]}", "monitor: null is not str; give"),
         ("ckpt_path: 5", "ckpt_path: 5 is not str or null"),
         ("resume: 5", "--resume 5: it has no config.yaml"),
         ("name: 5", "name: 5 is not str or null"),
-        ("trainer: {max_epochs: yes}", "trainer.max_epochs: true is not int or null"),
         ("trainer: {max_epochs: 1e3}", "trainer.max_epochs: 1000.0 is not int or null"),
     ],
 )

@@ -101,7 +101,7 @@ nodes = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(nodes, min_size=2, max_size=3))
 def test_mappings_merge_and_lists_replace(trees: list[dict[str, Any]]) -> None:
     layers = [{"root": tree, "top": [tree]} for tree in trees]

@@ -228,7 +228,7 @@ OPTIONS = {
     ).split(),
     "classify": "all json batch_size batch_tokens device".split(),
 }
-ODD = ["0", "-1", ".nan", "-.inf", "1e300", "1" + 18 * "0", "", "x", "null", "[]", "true"]
+ODD = ["0", "-1", ".nan", "1e300", "1" + 18 * "0", "", "x", "null", "[]", "true"]
 # What is not refused: it means something.
 FINE = {
     ("length_penalty", "0"),

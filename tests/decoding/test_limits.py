@@ -33,7 +33,9 @@ def test_an_endless_temperature_is_uniform_over_what_may_follow(temperature: flo
     follow = [0.0, 0.0, 0.05, 0.0, 0.9, 0.05]
     n = 2000
     found = Sampling(n_samples=n, temperature=temperature)(
-        table_step(lambda sentence, tokens: follow), start(1), max_lengths=torch.tensor([1])
+        table_step(lambda sentence, tokens: follow, torch.float32),
+        start(1),
+        max_lengths=torch.tensor([1]),
     )
     ids = [h.tokens[0] if h.tokens else EOS for h in found[0]]
     shares = [ids.count(token) / n for token in range(6)]
