@@ -1,6 +1,7 @@
 """Files and words of Lightning's verbs: a wrong number, list or key is one line that names it."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -178,3 +179,10 @@ def test_without_data_there_is_no_run(base: str, capsys: pytest.CaptureFixture[s
     alone = config("alone", model=BASE["model"])
     assert main(["fit", "--config", alone]) == 2
     assert capsys.readouterr().err == "error: no data section: give --config with one\n"
+
+
+@pytest.mark.parametrize("path", [".", "/dev/null", "/dev/zero", "pipe"])
+def test_a_configuration_is_a_file(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    assert main(["fit", "--config", path]) == 2
+    assert capsys.readouterr().err == f"error: --config {path}: it is not a file\n"

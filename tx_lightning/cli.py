@@ -206,9 +206,10 @@ class CommandLine(LightningCLI):
             self.config = parser.parse_args(words)
         except (ArgumentError, DuplicateKey) as error:
             verb_parser = self._parser(self.verb)
-            if not isinstance(error, DuplicateKey) and not _has_class(values, "data"):
-                raise ConfigurationError("no data section: give --config with one") from error
-            raise ConfigurationError(explain(str(error), words, verb_parser)) from error
+            why = explain(str(error), words, verb_parser)
+            if why.startswith("model.vocab_size: null") and not _has_class(values, "data"):
+                why = "no data section: give --config with one"
+            raise ConfigurationError(why) from error
         self._check_links(values)
         self._check_numbers()
 

@@ -4,6 +4,7 @@ Mappings merge key by key. A list replaces the earlier one, and its elements inh
 those that were there; `key+` appends instead.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -254,10 +255,17 @@ def given(words: Sequence[str]) -> dict[str, Any]:
     """The values that command line words and the YAML files they name set, the last one winning.
 
     It reads what it can: what is wrong with a word or a file is for the parser to say.
+
+    Raises:
+        ConfigurationError: A configuration is a folder, a pipe or a device, which cannot be read
+            again, or never ends.
     """
     values: dict[str, Any] = {}
     for key, text in options(words):
         if key in ("config", "c"):
+            with contextlib.suppress(OSError):  # a configuration may stand in the word itself
+                if Path(text).exists() and not Path(text).is_file():
+                    raise ConfigurationError(f"--{key} {text}: it is not a file")
             values |= flat(_mapping(text))
             continue
         try:
