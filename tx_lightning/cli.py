@@ -38,7 +38,13 @@ from tx_lightning.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
 )
-from tx_lightning.configuration import differences, given, without_option
+from tx_lightning.configuration import (
+    ConfigurationParser,
+    DuplicateKey,
+    differences,
+    given,
+    without_option,
+)
 from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
@@ -63,6 +69,14 @@ LINKS = {
     "data.init_args.n_classes": "model.init_args.n_classes",
     "data.init_args.n_tags": "model.init_args.n_tags",
     "seed_everything": "data.init_args.seed",
+}
+MOST_SEED = 2**32 - 1  # of NumPy
+LEAST = {  # of the trainer's arguments
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
 }
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
@@ -89,6 +103,7 @@ class CommandLine(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
+            parser_class=ConfigurationParser,
             trainer_defaults={
                 "logger": {"class_path": "tx_lightning.loggers.WandB"},
                 "use_distributed_sampler": False,
@@ -190,7 +205,7 @@ class CommandLine(LightningCLI):
         words = self._with_resumed_run(args)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
-            self.checkpoint = Path(values["ckpt_path"])
+            self.checkpoint = Path(str(values["ckpt_path"]))
         if self.resumed:
             self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
         self._model_from_checkpoint = bool(self.checkpoint) and not _has_class(values, "model")
@@ -198,17 +213,34 @@ class CommandLine(LightningCLI):
             words = [words[0], f"--model={json.dumps(self._recorded_model())}", *words[1:]]
         try:
             self.config = parser.parse_args(words)
-        except ArgumentError as error:
+        except (ArgumentError, DuplicateKey) as error:
             verb_parser = self._parser(self.verb)
-            raise ConfigurationError(explain(str(error), words, verb_parser)) from error
+            why = explain(str(error), words, verb_parser)
+            if why.startswith("model.vocab_size: null") and not _has_class(values, "data"):
+                why = "no data section: give --config with one"
+            raise ConfigurationError(why) from error
         self._check_links(values)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that Lightning takes and fails with later, or not at all."""
+        section = self._section()
+        seed = section.seed_everything
+        if not 0 <= seed <= MOST_SEED:
+            raise ConfigurationError(f"seed_everything is {seed}; it must be from 0 to {MOST_SEED}")
+        for name, least in LEAST.items():
+            value = section.trainer.get(name)
+            if isinstance(value, int | float) and value < least:
+                raise ConfigurationError(f"trainer.{name} is {value}; it must be at least {least}")
+        if section.trainer.val_check_interval == 0:
+            raise ConfigurationError("trainer.val_check_interval is 0; it must be above 0")
 
     def _with_resumed_run(self, words: list[str]) -> list[str]:
         """Replace `--resume FOLDER` by the configuration of that run."""
         folder = given(words).get("resume") if self.verb == "fit" else None
         if not folder:
             return words
-        self.resumed = Path(folder).absolute()
+        self.resumed = Path(str(folder)).absolute()
         if not (self.resumed / CONFIG).is_file():
             raise ConfigurationError(
                 f"--resume {folder}: it has no {CONFIG}, so it is no run folder"
@@ -254,8 +286,10 @@ class CommandLine(LightningCLI):
         recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
         if recorded is None or section.model_from == "config":
             return
+        rest = self.config.clone()
+        rest[self.verb].model = None  # nothing of it may be merged with the checkpoint's
         try:
-            base = self.parser.parse_object({self.verb: {"model": recorded}}, self.config)
+            base = self.parser.parse_object({self.verb: {"model": recorded}}, rest)
         except ArgumentError as error:
             why = explain(str(error), [], self._parser(self.verb))
             raise ConfigurationError(

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from tx_lightning.averaging import average_checkpoints, best_checkpoints, last_checkpoints
 from tx_lightning.loggers import WandB
+from tx_lightning.nn.checks import check_size
 
 
 class CheckpointAveraging(Callback):
@@ -28,6 +29,7 @@ class CheckpointAveraging(Callback):
     def __init__(self, n: int = 10, best: str | None = None) -> None:
         if n < 1:
             raise ValueError(f"n={n} of CheckpointAveraging must be at least 1")
+        check_size("n", n)
         self.n = n
         self.best = best
 

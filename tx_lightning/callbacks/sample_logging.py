@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tx_lightning.decoding import NotFinite
+from tx_lightning.nn.checks import check_size
 from tx_lightning.strict_json import to_json
 from tx_lightning.tasks.task import Row, Task
 
@@ -34,6 +35,7 @@ class SampleLogger(Callback):
     def __init__(self, n: int = 5, console: bool = True) -> None:
         if n < 1:
             raise ValueError(f"n={n} of SampleLogger must be at least 1: remove it to log none")
+        check_size("n", n)
         self.n = n
         self.console = console
 
