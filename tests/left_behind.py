@@ -34,6 +34,8 @@ PATCHED = [
     torch.cuda, torch.distributed, torch.random,
 ]  # fmt: skip
 PATCHABLE = {BuiltinFunctionType, FunctionType, type, torch.Generator}
+FREEZE = gc.freeze
+CHILD = "child process: "
 NOT_WATCHED = {"__pycache__", "runs", "wandb"}  # folders of the checkout; runs/ may be in use
 
 
@@ -81,12 +83,17 @@ class Guard:
         # What exists by now stays: from here on a full collection is quick. Counting what is
         # frozen is slow, so calls are counted instead.
         gc.collect()
-        gc.freeze()
+        FREEZE()
         gc.freeze = self._count_freeze
         self._remember()
 
     def _count_freeze(self) -> None:
         self._freezes += 1
+
+    def _called_freeze(self) -> Iterator[str]:
+        if self._freezes:
+            yield "gc.freeze was called"
+            self._freezes = 0
 
     def _remember(self) -> None:
         self._state = [probe.read() for probe in PROBES]
@@ -104,14 +111,13 @@ class Guard:
         """
         found = [
             *_end_wandb(),
-            *["gc.freeze() was called"] * bool(self._freezes),
+            *self._called_freeze(),
             *self._changed_state(),
             *self._changed_names(),
             *self._changed_modules(tmp_path),
             *self._new_resources(tmp_path),
             *self._new_files(),
         ]
-        self._freezes = 0
         if found or len(sys.modules) != len(self._known):
             self._remember()
         return found
@@ -161,6 +167,9 @@ class Guard:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
+        for resource in new:
+            if resource.startswith(CHILD):
+                _kill(int(resource.removeprefix(CHILD).split()[0]))
         return new
 
     def _new_files(self) -> Iterator[str]:
@@ -223,7 +232,13 @@ def _children() -> Iterator[str]:
             for pid in task.read_text().split():
                 command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
                 if "multiprocessing.resource_tracker" not in command:
-                    yield f"child process: {pid} {command or 'that nobody waited for'}"
+                    yield f"{CHILD}{pid} {command or 'that nobody waited for'}"
+
+
+def _kill(pid: int) -> None:
+    with suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def _open_files(tmp_path: Path | None) -> Iterator[str]:

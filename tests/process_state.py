@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
+from torch import overrides
+from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
 
 # SIGCHLD: torch installs a handler with the first worker process of a DataLoader, once for all.
 SIGNALS = [s for s in signal.Signals if s not in {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD}]
@@ -60,11 +64,16 @@ def _set_signals(wanted: Mapping[str, Any]) -> None:
 
 
 def _loggers() -> dict[str, tuple[Any, ...]]:
+    """The settings of each logger, without the handlers of pytest."""
     loggers = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
     return {
-        x.name: (x.level, x.propagate, x.disabled, x.handlers[:], x.filters[:])
+        x.name: (x.level, x.propagate, x.disabled, _handlers(x), x.filters[:])
         for x in [logging.root, *loggers]
     }
+
+
+def _handlers(logger: logging.Logger) -> list[logging.Handler]:
+    return [x for x in logger.handlers if not type(x).__module__.startswith("_pytest")]
 
 
 def _set_loggers(wanted: Mapping[str, tuple[Any, ...]]) -> None:
@@ -72,17 +81,19 @@ def _set_loggers(wanted: Mapping[str, tuple[Any, ...]]) -> None:
         logger = logging.getLogger(name)
         logger.setLevel(level)
         logger.propagate, logger.disabled = propagate, disabled
-        logger.handlers[:], logger.filters[:] = handlers, filters
+        of_pytest = [x for x in logger.handlers if x not in _handlers(logger)]
+        logger.handlers[:], logger.filters[:] = handlers + of_pytest, filters
 
 
 def _hooks() -> dict[str, Any]:
     names = ("stdin", "stdout", "stderr", "excepthook", "unraisablehook", "displayhook")
-    return {name: vars(sys)[name] for name in names}
+    return {"thread": threading.excepthook} | {name: vars(sys)[name] for name in names}
 
 
 def _set_hooks(wanted: Mapping[str, Any]) -> None:
-    for name, value in wanted.items():
-        setattr(sys, name, value)
+    threading.excepthook = wanted["thread"]
+    for name in wanted.keys() - {"thread"}:
+        setattr(sys, name, wanted[name])
 
 
 def _stance() -> str:
@@ -90,15 +101,23 @@ def _stance() -> str:
     return "default" if dynamo is None else str(dynamo._stance.stance)
 
 
-def _modes() -> tuple[int, int]:
-    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+def _modes() -> list[str]:
+    """The active modes of torch; a default device is one."""
+    functions = overrides._get_current_function_mode_stack()
+    return [
+        f"default device {mode.device}" if isinstance(mode, DeviceContext) else repr(mode)
+        for mode in [*functions, *_python_dispatch._get_current_dispatch_mode_stack()]
+    ]
 
 
-def _set_modes(wanted: tuple[int, int]) -> None:
-    while _modes()[0] > wanted[0]:
-        torch._C._pop_torch_function_stack()
-    while _modes()[1] > wanted[1]:
-        torch._C._pop_torch_dispatch_stack()
+def _set_modes(_: list[str]) -> None:
+    while torch._C._len_torch_dispatch_stack():
+        _python_dispatch._pop_mode()
+    while torch._C._len_torch_function_stack():
+        if isinstance(overrides._get_current_function_mode(), DeviceContext):
+            torch.set_default_device(None)
+        else:
+            overrides._pop_mode()
 
 
 def _kernels() -> dict[str, bool]:
@@ -142,7 +161,16 @@ def _set_rank(wanted: int) -> None:
     vars(rank_zero_only)["rank"] = wanted
 
 
+_entered: list[torch.inference_mode] = []  # each ends with its object
+
+
+def _set_inference_mode(wanted: bool) -> None:
+    _entered.append(torch.inference_mode(wanted))
+    _entered[-1].__enter__()
+
+
 PROBES = [
+    Probe("modes of torch", _modes, _set_modes),  # first: one may change what the others do
     Probe("process group", dist.is_initialized, lambda _: dist.destroy_process_group()),
     Probe("environment variable", _environment, _set_environment),
     Probe("current directory", _directory, os.chdir),
@@ -161,8 +189,6 @@ PROBES = [
     Probe("gc enabled", gc.isenabled, lambda old: gc.enable() if old else gc.disable()),
     Probe("matplotlib figures", _figures, lambda _: sys.modules["matplotlib.pyplot"].close("all")),
     Probe("rank_zero_only.rank", lambda: vars(rank_zero_only)["rank"], _set_rank),
-    Probe("torch modes", _modes, _set_modes),
-    Probe("default device", torch.get_default_device, lambda _: torch.set_default_device(None)),
     Probe("default dtype", torch.get_default_dtype, torch.set_default_dtype),
     Probe("torch threads", torch.get_num_threads, torch.set_num_threads),
     Probe(
@@ -179,7 +205,7 @@ PROBES = [
     Probe(
         "inference mode",
         torch.is_inference_mode_enabled,
-        lambda old: torch.inference_mode(old).__enter__(),
+        _set_inference_mode,
     ),
     Probe("autocast", _autocast, _set_autocast),
     Probe("anomaly detection", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
