@@ -212,11 +212,11 @@ def _end_wandb() -> Iterator[str]:
     if type(sys.excepthook) is MethodType and "wandb" in sys.excepthook.__module__:
         sys.excepthook = sys.__excepthook__
     if cache := sys.modules.get("wandb.sdk.artifacts.artifact_instance_cache"):
-        for artifacts in (
-            cache.artifact_instance_cache,
-            cache.artifact_instance_cache_by_client_id,
-        ):
-            artifacts.clear()
+        for artifact in cache.artifact_instance_cache_by_client_id.values():
+            if artifact._tmp_dir is not None:
+                artifact._tmp_dir.cleanup()
+        cache.artifact_instance_cache.clear()
+        cache.artifact_instance_cache_by_client_id.clear()
 
 
 def _threads() -> Iterator[str]:
@@ -261,6 +261,7 @@ def _folders_below(folder: Path) -> Iterator[Path]:
 
 
 def _listing(folder: Path) -> tuple[int, set[str]]:
-    names = {path.name for path in folder.iterdir()}
+    """Its time of change and its names, without what tools and who writes code put there."""
+    names = {path.name for path in folder.iterdir()} - {"__pycache__"}
     hidden = {name for name in names if name.startswith(".") and name != ".hypothesis"}
-    return folder.stat().st_mtime_ns, names - hidden - {"__pycache__"}
+    return folder.stat().st_mtime_ns, {x for x in names - hidden if not x.endswith((".py", "~"))}

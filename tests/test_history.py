@@ -85,7 +85,14 @@ def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Pa
 def inspected(path: Path) -> list[int]:
     """The steps of the rows of history, read by `wandb leet`."""
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(path.parent)},  # where it writes a log
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return [line["history"]["item"]["trainer/global_step"] for line in lines if "history" in line]
 
