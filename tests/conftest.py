@@ -3,6 +3,7 @@
 Nothing is left behind from one test to the next (left_behind.py), so their order is free.
 """
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -27,6 +28,8 @@ for _name in list(os.environ):
 # its path is short, since sockets of wandb lie in it.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 _FOLDER = Path(tempfile.mkdtemp(prefix="tx-", dir=os.environ["PYTEST_DEBUG_TEMPROOT"]))
+# By whoever leaves last: multiprocessing and wandb have folders there until the end.
+atexit.register(shutil.rmtree, _FOLDER, ignore_errors=True)
 os.environ["TMPDIR"] = tempfile.tempdir = str(_FOLDER)
 for _name in (
     "TX_LIGHTNING_CACHE", "HF_HOME", "HYPOTHESIS_STORAGE_DIRECTORY", "WANDB_CACHE_DIR",
@@ -115,10 +118,6 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object]) -> Generator[Non
     if fixturedef.scope != "function":
         _seed()
     return (yield)
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
 def _seed() -> None:

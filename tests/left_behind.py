@@ -7,6 +7,7 @@ does not suffer. Warning filters are not checked: pytest restores them itself.
 
 import builtins
 import gc
+import multiprocessing
 import operator
 import os
 import random
@@ -35,7 +36,9 @@ PATCHED = [
 ]  # fmt: skip
 PATCHABLE = {BuiltinFunctionType, FunctionType, type, torch.Generator}
 FREEZE = gc.freeze
+OF_THE_PROCESS = ("wandb-media", "wandb-artifacts", "pymp-")  # one folder each
 CHILD = "child process: "
+HELPERS = ("resource_tracker", "forkserver")
 NOT_WATCHED = {"__pycache__", "runs", "wandb"}  # folders of the checkout; runs/ may be in use
 
 
@@ -152,9 +155,7 @@ class Guard:
 
     def _temporary_files(self) -> Iterator[str]:
         for path in self._temporary.iterdir():
-            if not path.name.endswith(
-                ("wandb-media", "wandb-artifacts")
-            ):  # one each, from its import
+            if not any(name in path.name for name in OF_THE_PROCESS):
                 yield f"temporary file: {path}"
 
     def _new_resources(self, tmp_path: Path | None) -> set[str]:
@@ -220,18 +221,20 @@ def _end_wandb() -> Iterator[str]:
 
 
 def _threads() -> Iterator[str]:
+    for process in multiprocessing.active_children():
+        yield f"{CHILD}{process.pid} {process.name}"
     for thread in threading.enumerate():
         if not thread.daemon:
             yield f"thread: {thread.name}"
 
 
 def _children() -> Iterator[str]:
-    """Child processes, on Linux; the resource tracker of multiprocessing belongs to the process."""
+    """Child processes, on Linux, but for the two of multiprocessing that belong to a process."""
     for task in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):
             for pid in task.read_text().split():
                 command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-                if "multiprocessing.resource_tracker" not in command:
+                if not any(f"multiprocessing.{name}" in command for name in HELPERS):
                     yield f"{CHILD}{pid} {command or 'that nobody waited for'}"
 
 
