@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import wandb_file
-from tests.test_kills import die, finish, start, written
+from tests.test_kills import MOMENTS, assert_same, die, finish, finish_here, start, written
 from tx_lightning.loggers import MetricsFile, WandB, read_metrics
 from tx_lightning.wandb_files import (
     UnknownFormat,
@@ -54,18 +54,20 @@ def numbers(row: dict[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Path) -> None:
+    """Killed at the hardest moments. All else is that of the untouched run to the last bit."""
     (tmp_path / "whole").mkdir()
     file = written("LanguageModeling", tmp_path / "whole", logger=[OFFLINE], log_every_n_steps=2)
     settings = yaml.safe_load(file.read_text())
     settings["trainer"]["callbacks"].append(SAMPLES)
     file.write_text(yaml.safe_dump(settings))
     whole = tmp_path / "whole" / "run"
-    finish(whole, file, [])
+    finish_here(whole, file, [])
     there, run = tmp_path / "run.yaml", tmp_path / "run"
     there.write_text(file.read_text())
-    for moment in ("validation:20", "saving:27"):
+    for moment in MOMENTS:
         die(start(run, there, [], kill_at=moment), tmp_path)
     finish(run, there, [])
+    assert_same(run, whole)
 
     rows = history(run)
     metrics = [numbers(row) for row in read_metrics(run / "metrics.jsonl")]
@@ -77,7 +79,7 @@ def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Pa
     assert tables == [r["trainer/global_step"] for r in history(whole) if "val/samples" in r]
     assert len(tables) == len(set(tables)) > 2
     assert len({path.name for path in segments(run)}) == 1
-    assert len(segments(run)) == 3
+    assert len(segments(run)) == len(MOMENTS) + 1
     samples = [(r / "samples" / "val.jsonl").read_text() for r in (run, whole)]
     assert samples[0] == samples[1]
 
@@ -89,7 +91,14 @@ def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Pa
 def inspected(path: Path) -> list[int]:
     """The steps of the rows of history, read by `wandb leet`."""
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(path.parent)},  # where it writes a log
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return [line["history"]["item"]["trainer/global_step"] for line in lines if "history" in line]
 

@@ -12,10 +12,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -81,6 +82,7 @@ LEAST = {  # of the trainer's arguments
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
 OnDivergence = Literal["stop", "ignore"]
+_LIGHTNING = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 
 class CommandLine(LightningCLI):
@@ -464,7 +466,6 @@ class CommandLine(LightningCLI):
                 self._test_after()
             failed = False
         finally:
-            set_matmul_precision("highest", self.trainer.strategy.root_device.type)
             self._report()
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandB):
@@ -541,10 +542,31 @@ def _has_class(values: dict[str, Any], key: str) -> bool:
     return bool(values.get(key) or values.get(f"{key}.class_path"))
 
 
+@contextlib.contextmanager
+def process_restored() -> Iterator[None]:
+    """Restore what a command sets for its process: a Python program may run several.
+
+    The environment variables are Lightning's, wandb's and ours; dropout follows PL_GLOBAL_SEED.
+    """
+    environment, path = dict(os.environ), list(sys.path)
+    precision = torch.get_float32_matmul_precision()
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            set_matmul_precision("highest", "cpu")
+            torch.set_float32_matmul_precision(precision)
+            _LIGHTNING.removeFilter(_no_tips)
+            sys.path[:] = path
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+
+
 def _silence_libraries() -> None:
     """Keep from the user what libraries say about each other, and about what we do on purpose."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls three
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    _LIGHTNING.addFilter(_no_tips)
     # Lightning 2.6 with torch 2.13, at every start; nothing a user could act on.
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     for message in (
