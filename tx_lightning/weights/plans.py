@@ -12,6 +12,10 @@ from tx_lightning.weights.rules import Table
 TokenId = Callable[[str], int | None]  # the id of what is called pad_token, eos_token and so on
 
 
+class TokenError(WeightsError):
+    """Special tokens are missing or do not suit; whoever reads the file names it."""
+
+
 @dataclass(frozen=True)
 class ImportPlan:
     """How a folder becomes a checkpoint.
@@ -55,7 +59,7 @@ class Family:
         special_tokens: What its special tokens are called where the files do not say.
         plan: Of a configuration, an architecture and a task that was asked for.
         special_ids: Of a configuration and the ids of special tokens.
-        search: What generation_config.json, where there is one, says rather than config.json.
+        overridden: What generation_config.json, where there is one, says rather than config.json.
     """
 
     model_type: str
@@ -66,7 +70,7 @@ class Family:
     special_tokens: Mapping[str, str]
     plan: Callable[[Configuration, str, str | None], ImportPlan]
     special_ids: Callable[[Configuration, TokenId], SpecialIds]
-    search: tuple[str, ...] = ()
+    overridden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def required(token_id: TokenId, name: str) -> int:
     """The id of a special token that there must be."""
     found = token_id(name)
     if found is None:
-        raise WeightsError(f"the tokenizer has no {name}")
+        raise TokenError(f"the tokenizer has no {name}")
     return found
 
 

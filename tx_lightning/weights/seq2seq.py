@@ -8,11 +8,13 @@ from tx_lightning.data.tokenizers import SpecialIds
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.nn import EncoderLayer, LearnedPositions, SinusoidalPositions
 from tx_lightning.weights.configuration import (
+    MOST_LAYERS,
     Arguments,
     Configuration,
     feed_forward_of,
     norm_eps,
 )
+from tx_lightning.weights.generation import SEARCH, read_search
 from tx_lightning.weights.plans import (
     ExportPlan,
     Family,
@@ -75,107 +77,83 @@ def _plan(
     check_task(task, "Translation", architecture)
     config.only("tie_word_embeddings", True)
     encoder_layers, decoder_layers = (
-        config.integer(f"{stack}_layers") for stack in ("encoder", "decoder")
+        config.integer(f"{stack}_layers", most=MOST_LAYERS) for stack in ("encoder", "decoder")
     )
+    config.equal("encoder_attention_heads", "decoder_attention_heads")
     network = {
         "d_model": config.integer("d_model"),
-        "n_heads": config.equal("encoder_attention_heads", "decoder_attention_heads"),
+        "n_heads": config.heads("encoder_attention_heads", "d_model"),
         "n_encoder_layers": encoder_layers,
         "n_decoder_layers": decoder_layers,
         "d_ff": config.equal("encoder_ffn_dim", "decoder_ffn_dim"),
-        "dropout": config.number("dropout"),
-        "attention_dropout": config.number("attention_dropout"),
+        "dropout": config.share("dropout"),
+        "attention_dropout": config.share("attention_dropout"),
         "feed_forward": config.feed_forward(
-            "activation_function", config.number("activation_dropout")
+            "activation_function", config.share("activation_dropout")
         ),
         "scale_embeddings": config.flag("scale_embedding"),
         "output_bias": True,
-        "pad_id": config.integer("pad_token_id"),
+        "pad_id": config.token_id("pad_token_id"),
         **changes,
     }
     notes = [
         f"{stack}_layerdrop is {config[f'{stack}_layerdrop']}: in training, it will be 0"
         for stack in ("encoder", "decoder")
-        if config.number(f"{stack}_layerdrop") != 0
+        if config.share(f"{stack}_layerdrop") != 0
     ]
+    longest = config.integer("max_position_embeddings")
+    search, more = read_search(config, longest if learned else None)
     arguments = {
         "vocab_size": config.integer("vocab_size"),
         "network": {"class_path": "tx_lightning.models.EncoderDecoder", "init_args": network},
-        **_decoding(config, config.integer("max_position_embeddings") if learned else None),
+        **search,
     }
     return ImportPlan(
         task="Translation",
         arguments=arguments,
         table=_table(encoder_layers, decoder_layers, learned=learned, shared=shared, bias=True),
-        notes=tuple(notes),
+        notes=(*notes, *more),
     )
-
-
-def _decoding(config: Configuration, longest: int | None) -> Arguments:
-    """How to search, as far as the files say it in terms that are also ours.
-
-    Args:
-        config: Their terms.
-        longest: Positions of the decoder, None for no limit.
-    """
-    filters = []
-    if config["forced_bos_token_id"] is not None:
-        first = [config.integer("forced_bos_token_id")]
-        filters.append(_filter("BeginWith", ids=first))
-    if config["no_repeat_ngram_size"]:
-        filters.append(_filter("NoRepeatNgram", size=config.integer("no_repeat_ngram_size")))
-    if config["min_length"]:  # where theirs counts the token that decoding starts with
-        filters.append(_filter("MinLength", length=config.integer("min_length") - 1))
-    beams = config["num_beams"]
-    searches = {"decoding": "Greedy", "test_decoding": "Beam"}
-    options: dict[str, Arguments] = {name: {"filters": filters} for name in searches}
-    if config["max_length"] is not None or longest is not None:
-        limits = [longest] if longest is not None else []
-        if config["max_length"] is not None:  # theirs, likewise
-            limits.append(config.integer("max_length") - 1)
-        for option in options.values():
-            option.update(max_length_ratio=0.0, max_length_offset=min(limits))
-    if beams is not None and beams > 1:
-        options["test_decoding"]["beam_size"] = config.integer("num_beams")
-    return {
-        name: {"class_path": f"tx_lightning.decoding.{search}", "init_args": options[name]}
-        for name, search in searches.items()
-    }
-
-
-def _filter(name: str, **arguments: Any) -> Arguments:
-    return {"class_path": f"tx_lightning.decoding.{name}", "init_args": arguments}
 
 
 def special_ids_of_bart(config: Configuration, token_id: TokenId) -> SpecialIds:
     """Decoding starts with the end of a text; every text starts with <s>, where there is one."""
     return SpecialIds(
-        pad=config.integer("pad_token_id"),
-        bos=config.integer("decoder_start_token_id"),
-        eos=config.integer("eos_token_id"),
+        pad=_pad_id(config),
+        bos=config.token_id("decoder_start_token_id"),
+        eos=_eos_id(config, token_id),
         unk=required(token_id, "unk_token"),
         mask=token_id("mask_token"),
-        prefix=() if config["bos_token_id"] is None else (config.integer("bos_token_id"),),
+        prefix=() if config["bos_token_id"] is None else (config.token_id("bos_token_id"),),
     )
 
 
 def special_ids_of_marian(config: Configuration, token_id: TokenId) -> SpecialIds:
     """Decoding starts with padding."""
     return SpecialIds(
-        pad=config.integer("pad_token_id"),
-        bos=config.integer("decoder_start_token_id"),
-        eos=config.integer("eos_token_id"),
+        pad=_pad_id(config),
+        bos=config.token_id("decoder_start_token_id"),
+        eos=_eos_id(config, token_id),
         unk=required(token_id, "unk_token"),
     )
 
 
-_SEARCH = (
-    "forced_bos_token_id",
-    "no_repeat_ngram_size",
-    "min_length",
-    "max_length",
-    "num_beams",
-)
+def _pad_id(config: Configuration) -> int:
+    """The id of padding, which attention masks, so that it cannot be the end of a text too."""
+    pad = config.token_id("pad_token_id")
+    if pad == config.token_id("eos_token_id"):
+        raise config.refused("pad_token_id", "another id than that of eos_token_id")
+    return pad
+
+
+def _eos_id(config: Configuration, token_id: TokenId) -> int:
+    eos, own = config.token_id("eos_token_id"), token_id("eos_token")
+    if own not in (None, eos):
+        raise config.refused("eos_token_id", f"{own}, the id of the tokenizer's eos_token")
+    return eos
+
+
+_OVERRIDDEN = (*SEARCH, "decoder_start_token_id", "eos_token_id")
 _DEFAULTS: Arguments = {
     "max_position_embeddings": 1024,
     "encoder_layers": 12,
@@ -193,7 +171,7 @@ _DEFAULTS: Arguments = {
     "activation_dropout": 0.0,
     "scale_embedding": False,
     "tie_word_embeddings": True,
-    **dict.fromkeys(_SEARCH),
+    **dict.fromkeys(SEARCH),
 }
 _BASE = "model"
 _PARTS = frozenset({"shared", "encoder", "decoder"})
@@ -220,7 +198,7 @@ BART = Family(
     },
     plan=plan_bart,
     special_ids=special_ids_of_bart,
-    search=_SEARCH,
+    overridden=_OVERRIDDEN,
 )
 MARIAN = Family(
     model_type="marian",
@@ -239,7 +217,7 @@ MARIAN = Family(
     special_tokens={"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     plan=plan_marian,
     special_ids=special_ids_of_marian,
-    search=_SEARCH,
+    overridden=_OVERRIDDEN,
 )
 
 

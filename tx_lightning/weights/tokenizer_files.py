@@ -1,5 +1,6 @@
 """The tokenizer files of a folder as tokenizers of ours, and ours as files."""
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,14 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from tx_lightning.data.tokenizers import SpecialIds, Tokenizer, Tokenizers
 from tx_lightning.weights.configuration import Configuration
 from tx_lightning.weights.errors import WeightsError
-from tx_lightning.weights.folders import contents, read_json
-from tx_lightning.weights.plans import Family
-from tx_lightning.weights.sentencepieces import as_tokenizer, read_pieces, unreachable
+from tx_lightning.weights.folders import contents, damaged, read_json, read_text
+from tx_lightning.weights.plans import Family, TokenError
+from tx_lightning.weights.sentencepieces import (
+    as_tokenizer,
+    check_charsmap,
+    read_pieces,
+    unreachable,
+)
 
 TOKENIZER = "tokenizer.json"
 TARGET = "target_tokenizer.json"  # of folders written here, where the target side has its own
@@ -23,6 +29,9 @@ _FOREIGN = "tx_lightning"  # the entry with which `Tokenizer.foreign` marks the 
 
 Names = Mapping[str, str]  # unk_token -> <unk>
 Document = tuple[str, dict[str, Any]]
+Source = tuple[Path, str]  # the file that errors name, and the tokenizer as JSON
+
+_TEXTS = ["The café — Straße 漢字 \U0001f600\u0301 a\tb\n  9", "", " "]  # to try tokenizers out
 
 
 def read_tokenizers(folder: Path, config: Configuration, family: Family) -> Tokenizers:
@@ -34,8 +43,10 @@ def read_tokenizers(folder: Path, config: Configuration, family: Family) -> Toke
     options = _json_if_there(folder / TOKENIZER_CONFIG)
     given = {**_json_if_there(folder / SPECIAL_TOKENS), **options}
     names = {**family.special_tokens, **_special_tokens(given)}
-    texts = _texts(folder, options, names)
-    found = [_tokenizer(text, config, family, names) for text in dict.fromkeys(texts)]
+    found = [
+        _tokenizer(text, path, config, family, names)
+        for path, text in dict.fromkeys(_texts(folder, options, names))
+    ]
     return Tokenizers(found[0], found[-1])
 
 
@@ -53,44 +64,55 @@ def _special_tokens(given: Mapping[str, Any]) -> dict[str, str]:
     return names
 
 
-def _texts(folder: Path, options: Mapping[str, Any], names: Names) -> tuple[str, str]:
-    """The tokenizers of both sides as JSON, from whichever files there are."""
+def _texts(folder: Path, options: Mapping[str, Any], names: Names) -> list[Source]:
+    """The tokenizers of both sides as JSON, each with its file, from whichever files there are."""
 
     def there(*files: str) -> bool:
         return all((folder / file).is_file() for file in files)
 
     if there(TOKENIZER):
-        source = (folder / TOKENIZER).read_text("utf-8")
-        return source, (folder / TARGET).read_text("utf-8") if there(TARGET) else source
+        sides = [folder / TOKENIZER, folder / TARGET] if there(TARGET) else [folder / TOKENIZER]
+        return [(path, read_text(path)) for path in sides]
     if there("vocab.txt"):
-        text = _word_pieces(folder / "vocab.txt", options, names)
-        return text, text
+        return [(folder / "vocab.txt", _word_pieces(folder / "vocab.txt", options, names))]
     if there("source.spm", "target.spm", "vocab.json"):
         own = "target_vocab.json" if there("target_vocab.json") else "vocab.json"
-        return (
-            _sentence_pieces(folder / "source.spm", folder / "vocab.json", names),
-            _sentence_pieces(folder / "target.spm", folder / own, names),
-        )
+        return [
+            (folder / file, _sentence_pieces(folder / file, folder / vocabulary, names))
+            for file, vocabulary in (("source.spm", "vocab.json"), ("target.spm", own))
+        ]
     if there("vocab.json", "merges.txt"):
-        text = _byte_pairs(folder, options)
-        return text, text
+        return [(folder / "vocab.json", _byte_pairs(folder, options))]
     raise WeightsError(
         f"{folder} has no tokenizer: neither {TOKENIZER} nor vocab.json and merges.txt, vocab.txt, "
         f"or source.spm, target.spm and vocab.json; {contents(folder)}"
     )
 
 
+def _flag(options: Mapping[str, Any], name: str, default: bool | None) -> Any:
+    """An option of tokenizer_config.json that is true, false or absent."""
+    value = options.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise WeightsError(f"{TOKENIZER_CONFIG}: {name} is {value!r}; supported: true or false")
+    return default if value is None else value
+
+
 def _word_pieces(path: Path, options: Mapping[str, Any], names: Names) -> str:
     """BERT's tokenizer: words, in pieces of a vocabulary with one entry a line."""
-    lines = path.read_text("utf-8").split("\n")
-    entries = lines[:-1] if lines[-1] == "" else lines
-    vocabulary = {entry.rstrip("\r"): i for i, entry in enumerate(entries)}
-    model = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=names["unk_token"]))
+    lines = read_text(path).split("\n")
+    entries = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
+    last = {entry: i for i, entry in enumerate(entries)}
+    # Of equal lines the last one counts; the others are entries that no text reaches.
+    vocabulary = {
+        entry if last[entry] == i else f" {i} {entry}": i for i, entry in enumerate(entries)
+    }
+    with damaged(path, "is no vocabulary of word pieces"):
+        model = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=names["unk_token"]))
     model.normalizer = normalizers.BertNormalizer(
         clean_text=True,
-        handle_chinese_chars=options.get("tokenize_chinese_chars", True),
-        strip_accents=options.get("strip_accents"),
-        lowercase=options.get("do_lower_case", True),
+        handle_chinese_chars=_flag(options, "tokenize_chinese_chars", True),
+        strip_accents=_flag(options, "strip_accents", None),
+        lowercase=_flag(options, "do_lower_case", True),
     )
     model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     model.decoder = decoders.WordPiece(prefix="##")
@@ -99,16 +121,11 @@ def _word_pieces(path: Path, options: Mapping[str, Any], names: Names) -> str:
 
 def _byte_pairs(folder: Path, options: Mapping[str, Any]) -> str:
     """GPT-2's and BART's tokenizer: byte pairs with a vocabulary and the merges."""
-    try:
-        vocabulary, merges = models.BPE.read_file(
-            str(folder / "vocab.json"), str(folder / "merges.txt")
-        )
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    with damaged(folder / "vocab.json", "and merges.txt are no vocabulary of byte pairs"):
+        vocabulary, merges = models.BPE.read_file(*files)
         model = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    except Exception as error:  # the library raises bare Exception
-        raise WeightsError(
-            f"{folder / 'vocab.json'} and merges.txt are no vocabulary of byte pairs: {error}"
-        ) from error
-    space = options.get("add_prefix_space", False)
+    space = _flag(options, "add_prefix_space", False)
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     model.decoder = decoders.ByteLevel()
     return str(model.to_str())
@@ -117,38 +134,69 @@ def _byte_pairs(folder: Path, options: Mapping[str, Any]) -> str:
 def _sentence_pieces(pieces: Path, vocabulary: Path, names: Names) -> str:
     """Marian's tokenizer of a side: its SentencePiece model, with the ids of a vocabulary."""
     ids = read_json(vocabulary)
-    if sorted(ids.values(), key=str) != sorted(range(len(ids)), key=str):
+    whole = all(type(i) is int for i in ids.values())
+    if not whole or sorted(ids.values()) != list(range(len(ids))):
         raise WeightsError(f"{vocabulary}: its ids are not 0 to {len(ids) - 1}")
     unknown = names["unk_token"]
     if unknown not in ids:
         raise WeightsError(f"{vocabulary} has no {unknown}")
     codes = [entry for entry in ids if entry.startswith(">>") and entry.endswith("<<")]
-    model = as_tokenizer(read_pieces(pieces), ids, unknown=unknown, codes=codes)
-    return str(model.to_str())
+    read = read_pieces(pieces)
+    if not read.scores.keys() & ids.keys():
+        raise WeightsError(f"{pieces}: none of its pieces has an id in {vocabulary.name}")
+    with damaged(pieces, "is no usable SentencePiece model"):
+        return str(as_tokenizer(read, ids, unknown=unknown, codes=codes).to_str())
 
 
-def _tokenizer(text: str, config: Configuration, family: Family, names: Names) -> Tokenizer:
-    try:
+def _tokenizer(
+    text: str, path: Path, config: Configuration, family: Family, names: Names
+) -> Tokenizer:
+    with damaged(path, "is no tokenizer in JSON"):
         model = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise WeightsError(f"{TOKENIZER} is no tokenizer in JSON: {error}") from error
-    entries = model.get_vocab(with_added_tokens=True)
+        entries = model.get_vocab(with_added_tokens=True)
+        text = str(model.to_str())
+        _check_charsmaps(json.loads(text)["normalizer"])
     rows = config.integer("vocab_size")
-    if len(entries) == 0 or max(entries.values()) >= rows:
+    if not entries or max(entries.values()) >= rows:
         raise WeightsError(
-            f"the tokenizer has ids up to {max(entries.values(), default=-1)}, but by config.json "
-            f"vocab_size is {rows}"
+            f"{path}: the tokenizer has ids up to {max(entries.values(), default=-1)}, but by "
+            f"config.json vocab_size is {rows}"
         )
+    if max(entries.values()) >= len(entries):
+        raise WeightsError(f"{path}: the ids of its {len(entries)} entries are not 0, 1, 2 and on")
 
     def token_id(name: str) -> int | None:
         content = names.get(name, "")
         return entries.get(content, entries.get(unreachable(content)))
 
-    ids = family.special_ids(config, token_id)
+    try:
+        ids = family.special_ids(config, token_id)
+    except TokenError as error:
+        raise WeightsError(f"{path}: {error}") from error
     special = {i: names[name].strip() for name in names if (i := token_id(name)) is not None}
     for i in _numbers(ids):
         special.setdefault(i, (model.id_to_token(i) or f"<{i}>").strip())
-    return Tokenizer.foreign(text, ids, special)
+    with damaged(path, "is no usable tokenizer"):
+        found = Tokenizer.foreign(text, ids, dict(sorted(special.items())))
+        _try_out(found)
+    return found
+
+
+def _check_charsmaps(normalizer: dict[str, Any] | None) -> None:
+    """Refuse a normalizer that would end the program at some text, also as part of a sequence."""
+    for part in [] if normalizer is None else normalizer.get("normalizers", [normalizer]):
+        if part.get("type") == "Precompiled":
+            check_charsmap(base64.b64decode(part["precompiled_charsmap"]))
+        elif part is not normalizer:
+            _check_charsmaps(part)
+
+
+def _try_out(tokenizer: Tokenizer) -> None:
+    """Use a tokenizer once: the library takes some that fail at their first text."""
+    rows = tokenizer.encode_batch(_TEXTS)
+    if any(not 0 <= i < tokenizer.vocab_size for row in rows for i in row):
+        raise ValueError("it gives ids beyond its entries")
+    tokenizer.decode_batch([*rows, range(tokenizer.vocab_size)])
 
 
 def _numbers(ids: SpecialIds) -> set[int]:
