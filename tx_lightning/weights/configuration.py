@@ -149,6 +149,12 @@ class Configuration:
         return WeightsError(f"{where}: {name} is {value}{default}; supported: {supported}")
 
 
+def same_activation(one: Any, other: Any) -> bool:
+    """Whether two values of config.json are names of the same activation."""
+    names = [value for value in (one, other) if isinstance(value, str) and value in _FEED_FORWARDS]
+    return len(names) == 2 and _FEED_FORWARDS[names[0]] == _FEED_FORWARDS[names[1]]
+
+
 def layer_norm(eps: float) -> Arguments:
     """A norm as a class path with arguments."""
     return {"class_path": "torch.nn.LayerNorm", "init_args": {"eps": eps}}

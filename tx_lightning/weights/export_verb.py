@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.runs import shown
-from tx_lightning.weights.exporting import export_weights
+from tx_lightning.weights.exporting import export_checkpoint
 
 DESCRIPTION = """\
 Write a checkpoint as a folder that transformers loads: config.json, model.safetensors and the files
@@ -35,6 +35,6 @@ def main(words: Sequence[str]) -> int:
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error), words, parser)) from error
     folder = Path(options.folder)
-    print(export_weights(options.checkpoint, folder))
-    print(shown(folder.absolute()))
+    exported = export_checkpoint(options.checkpoint, folder)
+    print(exported.architecture, *exported.notes, shown(folder.absolute()), sep="\n")
     return 0

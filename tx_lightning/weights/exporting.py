@@ -1,13 +1,16 @@
 """`export_weights`: a checkpoint becomes a folder that transformers loads."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import nn
 
 from tx_lightning.checkpoints import RECORD, load_task, read_checkpoint
 from tx_lightning.data.tokenizers import Tokenizers
+from tx_lightning.decoding import Decoding, Greedy
 from tx_lightning.models import (
     Classifier,
     EncoderDecoder,
@@ -15,12 +18,42 @@ from tx_lightning.models import (
     MaskedLanguageModel,
     Tagger,
 )
-from tx_lightning.weights import bert, gpt2, seq2seq
+from tx_lightning.weights import bert, gpt2, marian, seq2seq
+from tx_lightning.weights.configuration import Arguments, same_activation
 from tx_lightning.weights.errors import WeightsError
 from tx_lightning.weights.folders import CONFIG, GENERATION, check_free, write_folder
-from tx_lightning.weights.importing import IMPORTED
+from tx_lightning.weights.generation import write_continuation, write_translation
+from tx_lightning.weights.importing import FAMILIES, IMPORTED
 from tx_lightning.weights.plans import ExportPlan
+from tx_lightning.weights.rules import Tensors, require_finite
 from tx_lightning.weights.tokenizer_files import special_ids_of, tokenizer_documents
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a checkpoint became.
+
+    Args:
+        architecture: The class of transformers that loads it.
+        notes: What the folder cannot say, a line each.
+    """
+
+    architecture: str
+    notes: list[str]
+
+
+@runtime_checkable
+class Searches(Protocol):
+    """A task that continues texts."""
+
+    decoding: Decoding
+
+
+@runtime_checkable
+class Translates(Protocol):
+    """A task that translates."""
+
+    test_decoding: Decoding
 
 
 def export_weights(checkpoint: str | Path, folder: str | Path) -> str:
@@ -32,34 +65,52 @@ def export_weights(checkpoint: str | Path, folder: str | Path) -> str:
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
-        WeightsError: No architecture there is what the network is, or the folder is not free.
+        WeightsError: No architecture there is what the network is, weights are not finite, or the
+            folder is not free.
     """
+    return export_checkpoint(checkpoint, folder).architecture
+
+
+def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
+    """Write a checkpoint as `export_weights` does; return also what the folder cannot say."""
     folder = Path(folder)
     check_free(folder)
     task = load_task(checkpoint)
     saved = read_checkpoint(checkpoint, lazily=True)
     record, imported = saved[RECORD], saved.get(IMPORTED, {})
-    network = task.get_submodule("network")
+    network = _network(task)
     plan = describe(network)
     tokenizers = Tokenizers.from_dict(record["tokenizers"])
-    state = network.state_dict()
+    own_tokenizer = tokenizers.source.trained_here
+    state: Tensors = network.state_dict()
+    require_finite(state, f"checkpoint {checkpoint}")
+    if imported and plan.model_type == "marian":
+        tokenizers = marian.with_plain_padding(tokenizers, plan.rows) or tokenizers
+    elif isinstance(task, Translates) and isinstance(network, EncoderDecoder):
+        plan, state, tokenizers = seq2seq.lay_out(plan, network, state, tokenizers)
     tensors = plan.table.write(state, imported.get("kept", {}))
     for name, shape in plan.zeros.items():
         tensors[name] = torch.zeros(shape)
-    config = {
-        **imported.get("config", {}),
-        "model_type": plan.model_type,
-        "dtype": "float32",
-        **plan.config,
-        **_special_ids(tokenizers, plan),
-        **_labels(record["labels"]),
-    }
+    config = _config(plan, tokenizers, record["labels"], imported.get("config", {}))
+    longest = int(config["max_position_embeddings"] if plan.longest is None else plan.longest)
     documents: dict[str, dict[str, Any]] = {CONFIG: config}
-    if imported.get("generation"):
-        documents[GENERATION] = imported["generation"]
-    documents.update(tokenizer_documents(tokenizers, plan.model_type, plan.longest))
+    generation, notes = _generation(task, plan, tokenizers, imported.get("generation", {}), longest)
+    if generation:
+        documents[GENERATION] = generation
+    literal = own_tokenizer and plan.model_type != "bert"
+    documents.update(tokenizer_documents(tokenizers, plan.model_type, longest, literal=literal))
     write_folder(folder, tensors, documents)
-    return str(plan.config["architectures"][0])
+    architecture = str(config["architectures"][0])
+    return Exported(architecture, notes + _for_ctranslate2(plan, tokenizers, state))
+
+
+def _network(task: LightningModule) -> nn.Module:
+    try:
+        return task.get_submodule("network")
+    except AttributeError:
+        raise WeightsError(
+            f"a {type(task).__name__} has no network that could be written"
+        ) from None
 
 
 def describe(network: nn.Module) -> ExportPlan:
@@ -84,25 +135,100 @@ def describe(network: nn.Module) -> ExportPlan:
     )
 
 
-def _special_ids(tokenizers: Tokenizers, plan: ExportPlan) -> dict[str, Any]:
+def _config(
+    plan: ExportPlan, tokenizers: Tokenizers, labels: list[str] | None, imported: Arguments
+) -> Arguments:
+    """config.json: an imported one with the values that differ, or a new one."""
+    said = {
+        "model_type": plan.model_type,
+        "dtype": "float32",
+        **plan.config,
+        **_special_ids(tokenizers, plan),
+        **_labels(labels),
+    }
+    if not imported:
+        return {**plan.unsaid, **_unsaid_ids(tokenizers, plan), **said}
+    defaults = FAMILIES[plan.model_type].defaults
+    config = {name: value for name, value in imported.items() if name != "torch_dtype"}
+    for name, value in said.items():
+        known = name in imported or name not in defaults or defaults[name] != value
+        if known and not same_activation(imported.get(name), value):
+            config[name] = value
+    return config
+
+
+def _special_ids(tokenizers: Tokenizers, plan: ExportPlan) -> Arguments:
     ids = special_ids_of(tokenizers.target)
     if plan.model_type == "bert":
         return {"pad_token_id": ids.pad}
     if plan.model_type == "gpt2":
-        return {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
+        return {"eos_token_id": ids.eos}
     return {
         "pad_token_id": ids.pad,
-        "bos_token_id": ids.prefix[0] if ids.prefix else None,
         "eos_token_id": ids.eos,
-        "forced_eos_token_id": ids.eos,
         "decoder_start_token_id": ids.bos,
     }
 
 
-def _labels(labels: list[str] | None) -> dict[str, Any]:
+def _unsaid_ids(tokenizers: Tokenizers, plan: ExportPlan) -> Arguments:
+    """Ids that transformers would take from a published model otherwise."""
+    ids = special_ids_of(tokenizers.target)
+    if plan.model_type == "bert":
+        return {}
+    if plan.model_type == "gpt2":
+        return {"bos_token_id": ids.bos, "pad_token_id": ids.pad}
+    first = ids.prefix[0] if ids.prefix else None
+    return {"bos_token_id": first, "forced_eos_token_id": None}
+
+
+def _labels(labels: list[str] | None) -> Arguments:
     if labels is None:
         return {}
     return {
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
+
+
+def _generation(
+    task: LightningModule,
+    plan: ExportPlan,
+    tokenizers: Tokenizers,
+    imported: Arguments,
+    longest: int,
+) -> tuple[Arguments, list[str]]:
+    """generation_config.json, and what it cannot say; nothing for what generates no text."""
+    if plan.model_type == "bert":
+        return {}, []
+    if imported:
+        limited = imported.get("max_length") or imported.get("max_new_tokens")
+        note = (
+            f"{GENERATION} is the imported one, without max_length: transformers stops after 20 "
+            "tokens unless it is told otherwise"
+        )
+        return imported, [] if limited else [note]
+    target = tokenizers.target
+    unused = range(target.vocab_size, plan.rows)
+    if plan.model_type == "gpt2":
+        search = task.decoding if isinstance(task, Searches) else Greedy()
+        return write_continuation(search, special_ids_of(target), unused, longest)
+    search = task.test_decoding if isinstance(task, Translates) else Greedy()
+    return write_translation(search, special_ids_of(target), unused, longest)
+
+
+def _for_ctranslate2(plan: ExportPlan, tokenizers: Tokenizers, state: Tensors) -> list[str]:
+    """Why CTranslate2 cannot run what is written, one line or none."""
+    entries, ids = tokenizers.target.vocab_size, special_ids_of(tokenizers.target)
+    if plan.model_type == "bert":
+        return []
+    if not tokenizers.shared:
+        why = "source and target have vocabularies of their own, and its converter reads one"
+    elif entries != plan.rows:
+        why = f"there are {plan.rows} rows of embeddings for {entries} tokens"
+    elif plan.model_type == "marian" and ids.pad != plan.rows - 1:
+        why = "its converter takes the last token for padding, and it is not"
+    elif plan.model_type == "marian" and state["target_embedding.tokens.weight"][ids.bos].any():
+        why = "it starts from zeros, and the embedding of the start token is not 0"
+    else:
+        return []
+    return [f"CTranslate2 cannot run it: {why}"]

@@ -81,6 +81,7 @@ class ExportPlan:
         model_type: What config.json calls it.
         config: What config.json says of it, but for the ids of special tokens.
         table: The tensors.
+        unsaid: What config.json says where an imported one says nothing.
         zeros: Tensors of theirs that we have none of, with their shapes.
         longest: Most tokens of a text, None for no limit.
     """
@@ -88,8 +89,14 @@ class ExportPlan:
     model_type: str
     config: dict[str, Any]
     table: Table
+    unsaid: Mapping[str, Any] = field(default_factory=dict)
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     longest: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table."""
+        return int(self.config["vocab_size"])
 
 
 def required(token_id: TokenId, name: str) -> int:

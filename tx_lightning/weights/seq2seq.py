@@ -1,12 +1,16 @@
 """BART (Lewis et al. 2020) and Marian (Junczys-Dowmunt et al. 2018) and our `EncoderDecoder`."""
 
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from tx_lightning.data.tokenizers import SpecialIds
+from tx_lightning.data.tokenizers import SpecialIds, Tokenizers
 from tx_lightning.models import EncoderDecoder
-from tx_lightning.nn import EncoderLayer, LearnedPositions, SinusoidalPositions
+from tx_lightning.nn import EncoderLayer, LearnedPositions, Positions, SinusoidalPositions
+from tx_lightning.nn.positions import sinusoids
+from tx_lightning.weights import marian
 from tx_lightning.weights.configuration import (
     MOST_LAYERS,
     Arguments,
@@ -24,9 +28,26 @@ from tx_lightning.weights.plans import (
     not_representable,
     required,
 )
-from tx_lightning.weights.rules import Flat, LaterRows, Rule, Same, Stacked, Table, affine, same
+from tx_lightning.weights.rules import (
+    Flat,
+    LaterRows,
+    Rule,
+    Same,
+    Stacked,
+    Table,
+    Tensors,
+    affine,
+    same,
+)
 
 _BIAS = "final_logits_bias"
+_POSITIONS = 1024  # sinusoids have no end; who reads Marian's folder computes them up to here
+_BART_BLOCKS = {  # older readers, such as CTranslate2's converter, look for these
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+    "normalize_embedding": True,
+}
+_COMPARED = 16  # positions
 
 
 def plan_bart(config: Configuration, architecture: str, task: str | None) -> ImportPlan:
@@ -35,9 +56,8 @@ def plan_bart(config: Configuration, architecture: str, task: str | None) -> Imp
     Raises:
         WeightsError: The configuration cannot be represented.
     """
-    for flag in ("normalize_before", "add_final_layer_norm", "static_position_embeddings"):
-        config.only(flag, False)
-    config.only("normalize_embedding", True)
+    for flag, value in {**_BART_BLOCKS, "static_position_embeddings": False}.items():
+        config.only(flag, value)
     positions = {
         "class_path": "tx_lightning.nn.LearnedPositions",
         "init_args": {"max_length": config.integer("max_position_embeddings")},
@@ -111,7 +131,7 @@ def _plan(
     return ImportPlan(
         task="Translation",
         arguments=arguments,
-        table=_table(encoder_layers, decoder_layers, learned=learned, shared=shared, bias=True),
+        table=_table(encoder_layers, decoder_layers, learned=learned, shared=shared),
         notes=(*notes, *more),
     )
 
@@ -227,6 +247,9 @@ def describe(network: EncoderDecoder) -> ExportPlan:
     Raises:
         WeightsError: Neither has such a network.
     """
+    for stack, depth in (("encoder", network.encoder), ("decoder", network.decoder)):
+        if not depth.layers:
+            raise not_representable("BART or Marian", f"n_{stack}_layers", "0", "1 and more")
     positions = network.encoder.positions
     learned = type(positions) is LearnedPositions
     kind = "BART" if learned else "Marian"
@@ -235,6 +258,8 @@ def describe(network: EncoderDecoder) -> ExportPlan:
         raise not_representable("BART", "positions", type(positions).__name__, supported)
     if isinstance(positions, SinusoidalPositions) and positions.layout != "halves":
         raise not_representable("Marian", "layout of positions", positions.layout, "halves")
+    if not learned and not _are_plain(positions, network.output.in_features):
+        raise not_representable("Marian", "positions", "scaled", "those of scale 1")
     first = cast(EncoderLayer, network.encoder.layers[0])
     residuals = (first.attention_residual, first.feed_forward_residual)
     if first.attention_residual.pre_norm:
@@ -284,15 +309,34 @@ def describe(network: EncoderDecoder) -> ExportPlan:
         len(network.decoder.layers),
         learned=learned,
         shared=network.share_embeddings,
-        bias=network.output_bias is not None,
     )
     family = BART if learned else MARIAN
-    return ExportPlan(family.model_type, config, table, longest=positions.max_length)
+    unsaid = _BART_BLOCKS if learned else {"max_position_embeddings": _POSITIONS}
+    return ExportPlan(family.model_type, config, table, unsaid, longest=positions.max_length)
 
 
-def _table(
-    n_encoder_layers: int, n_decoder_layers: int, *, learned: bool, shared: bool, bias: bool
-) -> Table:
+def lay_out(
+    plan: ExportPlan, network: EncoderDecoder, state: Tensors, tokenizers: Tokenizers
+) -> tuple[ExportPlan, Tensors, Tokenizers]:
+    """What is written of a translation model: of a Marian, where it can be, Marian's own layout."""
+    if plan.model_type != MARIAN.model_type or not marian.has_layout(tokenizers):
+        return plan, state, tokenizers
+    embedding = network.target_embedding
+    state, tokenizers = marian.with_layout(
+        state, tokenizers, shared=network.share_embeddings, scale=embedding.scale
+    )
+    rows = tokenizers.target.vocab_size
+    config = {**plan.config, "vocab_size": rows, "decoder_vocab_size": rows}
+    return replace(plan, config=config), state, tokenizers
+
+
+def _are_plain(positions: Positions, width: int) -> bool:
+    """Whether positions are added as Marian computes them."""
+    added = positions.embed(torch.zeros(1, _COMPARED, width))[0]
+    return torch.allclose(added, sinusoids(torch.arange(float(_COMPARED)), width, "halves"))
+
+
+def _table(n_encoder_layers: int, n_decoder_layers: int, *, learned: bool, shared: bool) -> Table:
     """The tensors of both; we keep queries, keys and values in one matrix.
 
     Args:
@@ -300,7 +344,6 @@ def _table(
         n_decoder_layers: Layers of the decoder.
         learned: Whether positions are learned, and embeddings have a norm.
         shared: Whether there is one table of embeddings.
-        bias: Whether our logits have a bias; theirs always do.
     """
     source, target = "source_embedding.tokens.weight", "target_embedding.tokens.weight"
     theirs_source, theirs_target = (
@@ -315,8 +358,7 @@ def _table(
         theirs_tied |= {theirs_source: table, theirs_target: table}
     else:
         rules.append(same(source, theirs_source))
-    if bias:
-        rules.append(Flat("output.bias", (_BIAS,)))
+    rules.append(Flat("output.bias", (_BIAS,)))  # theirs always have one
     for stack, side in (("encoder", "source"), ("decoder", "target")):
         if learned:
             name = f"model.{stack}.layernorm_embedding"

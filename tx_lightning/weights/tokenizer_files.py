@@ -14,6 +14,7 @@ from tx_lightning.weights.configuration import Configuration
 from tx_lightning.weights.errors import WeightsError
 from tx_lightning.weights.folders import contents, damaged, read_json, read_text
 from tx_lightning.weights.plans import Family, TokenError
+from tx_lightning.weights.renumbering import PAD, padded_last
 from tx_lightning.weights.sentencepieces import (
     as_tokenizer,
     check_charsmap,
@@ -145,7 +146,9 @@ def _sentence_pieces(pieces: Path, vocabulary: Path, names: Names) -> str:
     if not read.scores.keys() & ids.keys():
         raise WeightsError(f"{pieces}: none of its pieces has an id in {vocabulary.name}")
     with damaged(pieces, "is no usable SentencePiece model"):
-        return str(as_tokenizer(read, ids, unknown=unknown, codes=codes).to_str())
+        text = str(as_tokenizer(read, ids, unknown=unknown, codes=codes).to_str())
+    last = len(ids) - 1
+    return json.dumps(padded_last(json.loads(text), range(last))) if ids.get(PAD) == last else text
 
 
 def _tokenizer(
@@ -154,8 +157,7 @@ def _tokenizer(
     with damaged(path, "is no tokenizer in JSON"):
         model = tokenizers.Tokenizer.from_str(text)
         entries = model.get_vocab(with_added_tokens=True)
-        text = str(model.to_str())
-        _check_charsmaps(json.loads(text)["normalizer"])
+        _check_charsmaps(json.loads(model.to_str())["normalizer"])
     rows = config.integer("vocab_size")
     if not entries or max(entries.values()) >= rows:
         raise WeightsError(
@@ -177,7 +179,8 @@ def _tokenizer(
     for i in _numbers(ids):
         special.setdefault(i, (model.id_to_token(i) or f"<{i}>").strip())
     with damaged(path, "is no usable tokenizer"):
-        found = Tokenizer.foreign(text, ids, dict(sorted(special.items())))
+        _put_around(model, ids, family.model_type)
+        found = Tokenizer.foreign(str(model.to_str()), ids, dict(sorted(special.items())))
         _try_out(found)
     return found
 
@@ -221,15 +224,25 @@ def special_ids_of(tokenizer: Tokenizer) -> SpecialIds:
     )
 
 
-def tokenizer_documents(found: Tokenizers, model_type: str, longest: int | None) -> list[Document]:
+def plain_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The JSON of a tokenizer of ours without our entry."""
+    settings: dict[str, Any] = json.loads(tokenizer.to_json())
+    settings.pop(_FOREIGN, None)
+    return settings
+
+
+def tokenizer_documents(
+    found: Tokenizers, model_type: str, longest: int, *, literal: bool = False
+) -> list[Document]:
     """The files of tokenizers, by name, as transformers reads them.
 
-    Its special tokens are written as they stand in the vocabulary.
+    Special tokens have the names that they have in the vocabulary.
 
     Args:
         found: The tokenizers.
         model_type: Of the network.
-        longest: Most tokens of a text, None for no limit.
+        longest: Most tokens of a text.
+        literal: Whether the name of a special token in a text is text there as well.
     """
     ids = special_ids_of(found.source)
     model, settings = _for_transformers(found.source, ids, model_type)
@@ -238,6 +251,8 @@ def tokenizer_documents(found: Tokenizers, model_type: str, longest: int | None)
         roles |= {"cls": ids.bos, "sep": ids.eos}
     if ids.prefix:
         roles["bos"] = ids.prefix[0]
+    elif ids.bos == ids.pad:  # no token of a text
+        del roles["bos"]
     names = {
         f"{role}_token": model.id_to_token(i)
         for role, i in roles.items()
@@ -247,8 +262,9 @@ def tokenizer_documents(found: Tokenizers, model_type: str, longest: int | None)
     options["clean_up_tokenization_spaces"] = False
     if model_type != "bert":  # GPT-2 would add the embedding of a token
         options["model_input_names"] = ["input_ids", "attention_mask"]
-    if longest is not None:
-        options["model_max_length"] = longest
+    options["model_max_length"] = longest
+    if literal:
+        options["split_special_tokens"] = True
     documents = [(TOKENIZER, settings), (TOKENIZER_CONFIG, options), (SPECIAL_TOKENS, names)]
     if found.source.sha256 != found.target.sha256:
         target = special_ids_of(found.target)
@@ -260,13 +276,17 @@ def _for_transformers(
     tokenizer: Tokenizer, ids: SpecialIds, model_type: str
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """A tokenizer without our entry, and with the special tokens that are put around a text."""
-    settings = json.loads(tokenizer.to_json())
-    settings.pop(_FOREIGN, None)
-    model = tokenizers.Tokenizer.from_str(json.dumps(settings))
-    if model.post_processor is None and model_type != "gpt2":
-        before = [ids.bos] if model_type == "bert" else list(ids.prefix)
-        model.post_processor = _around(model, before, [ids.eos])
+    model = tokenizers.Tokenizer.from_str(json.dumps(plain_settings(tokenizer)))
+    _put_around(model, ids, model_type)
     return model, json.loads(model.to_str())
+
+
+def _put_around(model: tokenizers.Tokenizer, ids: SpecialIds, model_type: str) -> None:
+    """Let transformers put the special tokens around a text that we do, where nothing else does."""
+    before = [ids.bos] if model_type == "bert" else list(ids.prefix)
+    known = all(model.id_to_token(i) is not None for i in (*before, ids.eos))
+    if model.post_processor is None and model_type != "gpt2" and known:
+        model.post_processor = _around(model, before, [ids.eos])
 
 
 def _around(
