@@ -8,11 +8,13 @@ import pytest
 
 from tests.weights import hugging_face as hf
 
+# So wide that it hardly matters how many beams live on beside those that have ended: transformers
+# keeps all, we keep those among the best.
 BEAM = {
     "test_decoding": {
         "class_path": "tx_lightning.decoding.Beam",
         "init_args": {
-            "beam_size": 4,
+            "beam_size": 20,
             "length_penalty": 0.0,
             "max_length_ratio": 0.0,
             "max_length_offset": 20,

@@ -233,10 +233,10 @@ def trained(
     trainer: TokenizerTrainer | None = None,
     vocab_size: int = 60,
     unused: int = 0,
-    steps: int = 50,
+    steps: int = 100,
     **changes: Any,
 ) -> Task[Any]:
-    """Train a small translation model and write its checkpoint; it learns about half.
+    """Train a small translation model and write its checkpoint; it learns a part.
 
     Args:
         path: The checkpoint.

@@ -1,5 +1,6 @@
 """`export_weights`: a checkpoint becomes a folder that transformers loads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -84,17 +85,19 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
     own_tokenizer = tokenizers.source.trained_here
     state: Tensors = network.state_dict()
     require_finite(state, f"checkpoint {checkpoint}")
+    places: Mapping[int, int] = {i: i for i in range(plan.rows)}
     if imported and plan.model_type == "marian":
         tokenizers = marian.with_plain_padding(tokenizers, plan.rows) or tokenizers
     elif isinstance(task, Translates) and isinstance(network, EncoderDecoder):
-        plan, state, tokenizers = seq2seq.lay_out(plan, network, state, tokenizers)
+        plan, state, tokenizers, places = seq2seq.lay_out(plan, network, state, tokenizers)
     tensors = plan.table.write(state, imported.get("kept", {}))
     for name, shape in plan.zeros.items():
         tensors[name] = torch.zeros(shape)
     config = _config(plan, tokenizers, record["labels"], imported.get("config", {}))
     longest = int(config["max_position_embeddings"] if plan.longest is None else plan.longest)
     documents: dict[str, dict[str, Any]] = {CONFIG: config}
-    generation, notes = _generation(task, plan, tokenizers, imported.get("generation", {}), longest)
+    written = imported.get("generation", {})
+    generation, notes = _generation(task, plan, tokenizers, written, longest, places)
     if generation:
         documents[GENERATION] = generation
     literal = own_tokenizer and plan.model_type != "bert"
@@ -196,6 +199,7 @@ def _generation(
     tokenizers: Tokenizers,
     imported: Arguments,
     longest: int,
+    places: Mapping[int, int],
 ) -> tuple[Arguments, list[str]]:
     """generation_config.json, and what it cannot say; nothing for what generates no text."""
     if plan.model_type == "bert":
@@ -213,7 +217,7 @@ def _generation(
         search = task.decoding if isinstance(task, Searches) else Greedy()
         return write_continuation(search, special_ids_of(target), unused, longest)
     search = task.test_decoding if isinstance(task, Translates) else Greedy()
-    return write_translation(search, special_ids_of(target), unused, longest)
+    return write_translation(search, special_ids_of(target), unused, longest, places)
 
 
 def _for_ctranslate2(plan: ExportPlan, tokenizers: Tokenizers, state: Tensors) -> list[str]:

@@ -1,7 +1,7 @@
 """How outputs are searched for: generation_config.json and our `Decoding`, in both directions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tx_lightning.data.tokenizers import SpecialIds
@@ -92,15 +92,20 @@ def _filter(name: str, **arguments: Any) -> Arguments:
 
 
 def write_translation(
-    decoding: Decoding, ids: SpecialIds, unused: Sequence[int], longest: int
+    decoding: Decoding,
+    ids: SpecialIds,
+    unused: Sequence[int],
+    longest: int,
+    places: Mapping[int, int],
 ) -> tuple[Arguments, Notes]:
     """The generation_config.json of a translation model, and what it cannot say.
 
     Args:
         decoding: How the checkpoint translates.
-        ids: The special ids of the target side.
+        ids: The special ids of the target side, as they are written.
         unused: Rows of the embedding table without a token.
         longest: Positions of the decoder.
+        places: The id that each token of ours is written with.
     """
     settings, notes = _strategy(decoding)
     most = decoding.max_length_offset
@@ -112,7 +117,7 @@ def write_translation(
             f"{decoding.max_length_offset}"
         )
     settings["max_length"] = max(min(most, longest), 1) + 1  # theirs counts the start
-    filters, more = _filters(decoding.filters, ids, starts=1)
+    filters, more = _filters(decoding.filters, ids, places, starts=1)
     never = {i for i in (ids.pad, ids.bos) if i != ids.eos}
     return {
         "decoder_start_token_id": ids.bos,
@@ -136,7 +141,7 @@ def write_continuation(
         longest: Positions: most tokens of a prompt and what follows it.
     """
     settings, notes = _strategy(decoding)
-    filters, more = _filters(decoding.filters, ids, starts=0)
+    filters, more = _filters(decoding.filters, ids, {}, starts=0)
     special = (ids.pad, ids.bos, ids.unk, ids.mask)
     never = {i for i in special if i is not None and i != ids.eos}
     return {
@@ -198,12 +203,15 @@ def _strategy(decoding: Decoding) -> tuple[Arguments, Notes]:
     ]
 
 
-def _filters(filters: Sequence[Filter], ids: SpecialIds, starts: int) -> tuple[Arguments, Notes]:
+def _filters(
+    filters: Sequence[Filter], ids: SpecialIds, places: Mapping[int, int], starts: int
+) -> tuple[Arguments, Notes]:
     """What may not come next.
 
     Args:
         filters: Ours.
         ids: The special ids.
+        places: The id that each token is written with, where a first token may be asked for.
         starts: Tokens before the first one generated that theirs count and ours do not.
     """
     settings: Arguments = {}
@@ -222,9 +230,10 @@ def _filters(filters: Sequence[Filter], ids: SpecialIds, starts: int) -> tuple[A
         elif (
             isinstance(one, BeginWith)
             and type(one) is BeginWith
-            and (len(one.ids) == 1 and starts and "forced_bos_token_id" not in settings)
+            and (len(one.ids) == 1 and one.ids[0] in places)
+            and "forced_bos_token_id" not in settings
         ):
-            settings["forced_bos_token_id"] = one.ids[0]
+            settings["forced_bos_token_id"] = places[one.ids[0]]
         else:
             left_out.append(
                 f"the filter {type(one).__name__} is left out: transformers has none like it here"

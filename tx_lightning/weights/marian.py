@@ -65,8 +65,10 @@ def _kept(tokenizer: Tokenizer, ids: SpecialIds) -> list[int]:
 
 def with_layout(
     state: Tensors, tokenizers: Tokenizers, *, shared: bool, scale: float
-) -> tuple[Tensors, Tokenizers]:
+) -> tuple[Tensors, Tokenizers, dict[int, int]]:
     """The state dict of an `EncoderDecoder` and its tokenizers in the layout of Marian.
+
+    Returned with the new id of each token that has one.
 
     Args:
         state: Of a post-norm network without norms of embeddings, its output tied.
@@ -93,7 +95,7 @@ def with_layout(
         )
     for stack in ("encoder", "decoder") if shared else ("decoder",):
         _move(state, f"{stack}.layers.0.self_attention", start * scale)
-    return state, _both(tokenizers, kept)
+    return state, _both(tokenizers, kept), {old: new for new, old in enumerate(kept)}
 
 
 def _both(tokenizers: Tokenizers, kept: Sequence[int]) -> Tokenizers:

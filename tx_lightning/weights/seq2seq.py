@@ -1,5 +1,6 @@
 """BART (Lewis et al. 2020) and Marian (Junczys-Dowmunt et al. 2018) and our `EncoderDecoder`."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -317,17 +318,22 @@ def describe(network: EncoderDecoder) -> ExportPlan:
 
 def lay_out(
     plan: ExportPlan, network: EncoderDecoder, state: Tensors, tokenizers: Tokenizers
-) -> tuple[ExportPlan, Tensors, Tokenizers]:
-    """What is written of a translation model: of a Marian, where it can be, Marian's own layout."""
+) -> tuple[ExportPlan, Tensors, Tokenizers, Mapping[int, int]]:
+    """What is written of a translation model: of a Marian, where it can be, Marian's own layout.
+
+    Returned with the id that each token is written with.
+    """
     if plan.model_type != MARIAN.model_type or not marian.has_layout(tokenizers):
-        return plan, state, tokenizers
-    embedding = network.target_embedding
-    state, tokenizers = marian.with_layout(
-        state, tokenizers, shared=network.share_embeddings, scale=embedding.scale
+        return plan, state, tokenizers, {i: i for i in range(plan.rows)}
+    state, tokenizers, places = marian.with_layout(
+        state,
+        tokenizers,
+        shared=network.share_embeddings,
+        scale=network.target_embedding.scale,
     )
     rows = tokenizers.target.vocab_size
     config = {**plan.config, "vocab_size": rows, "decoder_vocab_size": rows}
-    return replace(plan, config=config), state, tokenizers
+    return replace(plan, config=config), state, tokenizers, places
 
 
 def _are_plain(positions: Positions, width: int) -> bool:
