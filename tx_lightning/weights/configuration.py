@@ -78,7 +78,7 @@ class Configuration:
         """Refuse ids of tokens that are no rows of the embedding table, used here or not."""
         for name, value in self._values.items():
             if name.endswith("_token_id") and value is not None:
-                for one in value if isinstance(value, list) else [value]:
+                for one in value if isinstance(value, list) and value else [value]:
                     self._row(name, one)
 
     def _row(self, name: str, value: Any) -> int:

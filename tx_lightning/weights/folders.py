@@ -173,7 +173,9 @@ def _read_shards(index: Path) -> Tensors:
                 f"{index} names {shard}, which is missing in its folder: a shard must lie beside "
                 "its index"
             )
-        if not path.is_file():
+        with damaged(index, "names a shard that cannot be read"):
+            there = path.is_file()
+        if not there:
             raise WeightsError(f"{index} names {shard}, which is missing: download it again")
         found = _read_file(path)
         tensors.update((n, t) for n, t in found.items() if places.get(n, shard) == shard)

@@ -125,8 +125,10 @@ def _check_output(output: Path) -> None:
 
 def _family(values: Mapping[str, Any], folder: Path) -> tuple[Family, str]:
     """The family and architecture that a config.json names."""
-    named = values.get("architectures") or []
-    architecture = str(named[0]) if isinstance(named, list) and named else None
+    named = values.get("architectures")
+    architecture = None if named is None or named == [] else str(named)
+    if isinstance(named, list) and named:
+        architecture = str(named[0])
     known = {name: family for family in FAMILIES.values() for name in family.architectures}
     model_type = values.get("model_type")
     family = None if architecture is None else known.get(architecture)

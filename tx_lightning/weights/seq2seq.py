@@ -97,6 +97,8 @@ def _plan(
 ) -> ImportPlan:
     check_task(task, "Translation", architecture)
     config.only("tie_word_embeddings", True)
+    config.only("is_encoder_decoder", True)
+    config.only("is_decoder", False)
     encoder_layers, decoder_layers = (
         config.integer(f"{stack}_layers", most=MOST_LAYERS) for stack in ("encoder", "decoder")
     )
@@ -139,39 +141,32 @@ def _plan(
 
 def special_ids_of_bart(config: Configuration, token_id: TokenId) -> SpecialIds:
     """Decoding starts with the end of a text; every text starts with <s>, where there is one."""
-    return SpecialIds(
-        pad=_pad_id(config),
-        bos=config.token_id("decoder_start_token_id"),
-        eos=_eos_id(config, token_id),
-        unk=required(token_id, "unk_token"),
-        mask=token_id("mask_token"),
-        prefix=() if config["bos_token_id"] is None else (config.token_id("bos_token_id"),),
-    )
+    prefix = () if config["bos_token_id"] is None else (config.token_id("bos_token_id"),)
+    return _special_ids(config, token_id, token_id("mask_token"), prefix)
 
 
 def special_ids_of_marian(config: Configuration, token_id: TokenId) -> SpecialIds:
     """Decoding starts with padding."""
-    return SpecialIds(
-        pad=_pad_id(config),
-        bos=config.token_id("decoder_start_token_id"),
-        eos=_eos_id(config, token_id),
-        unk=required(token_id, "unk_token"),
-    )
+    return _special_ids(config, token_id, None, ())
 
 
-def _pad_id(config: Configuration) -> int:
-    """The id of padding, which attention masks, so that it cannot be the end of a text too."""
-    pad = config.token_id("pad_token_id")
-    if pad == config.token_id("eos_token_id"):
-        raise config.refused("pad_token_id", "another id than that of eos_token_id")
-    return pad
-
-
-def _eos_id(config: Configuration, token_id: TokenId) -> int:
+def _special_ids(
+    config: Configuration, token_id: TokenId, mask: int | None, prefix: tuple[int, ...]
+) -> SpecialIds:
     eos, own = config.token_id("eos_token_id"), token_id("eos_token")
     if own not in (None, eos):
         raise config.refused("eos_token_id", f"{own}, the id of the tokenizer's eos_token")
-    return eos
+    ids = SpecialIds(
+        pad=config.token_id("pad_token_id"),
+        bos=config.token_id("decoder_start_token_id"),
+        eos=eos,
+        unk=required(token_id, "unk_token"),
+        mask=mask,
+        prefix=prefix,
+    )
+    if ids.pad in (ids.eos, ids.unk, ids.mask, *prefix):  # attention would not see these
+        raise config.refused("pad_token_id", "an id that no other token of a text has")
+    return ids
 
 
 _OVERRIDDEN = (*SEARCH, "decoder_start_token_id", "eos_token_id")

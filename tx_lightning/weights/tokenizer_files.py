@@ -26,6 +26,7 @@ TOKENIZER = "tokenizer.json"
 TARGET = "target_tokenizer.json"  # of folders written here, where the target side has its own
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _FOREIGN = "tx_lightning"  # the entry with which `Tokenizer.foreign` marks the JSON
 
 Names = Mapping[str, str]  # unk_token -> <unk>
@@ -42,8 +43,8 @@ def read_tokenizers(folder: Path, config: Configuration, family: Family) -> Toke
         WeightsError: There are none, they are damaged, or have more entries than the network.
     """
     options = _json_if_there(folder / TOKENIZER_CONFIG)
-    given = {**_json_if_there(folder / SPECIAL_TOKENS), **options}
-    names = {**family.special_tokens, **_special_tokens(given)}
+    given = [_special_tokens(folder / file) for file in (SPECIAL_TOKENS, TOKENIZER_CONFIG)]
+    names = {**family.special_tokens, **given[0], **given[1]}
     found = [
         _tokenizer(text, path, config, family, names)
         for path, text in dict.fromkeys(_texts(folder, options, names))
@@ -55,13 +56,16 @@ def _json_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _special_tokens(given: Mapping[str, Any]) -> dict[str, str]:
-    """What the special tokens are called: entries such as "eos_token", as text or as an object."""
-    names: dict[str, str] = {}
-    for key, value in given.items():
+def _special_tokens(path: Path) -> dict[str, str]:
+    """What a file calls the special tokens: "eos_token" and so on, as text or as an object."""
+    given, names = _json_if_there(path), {}
+    for key in (f"{role}_token" for role in _ROLES):
+        value = given.get(key)
         content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
+        if isinstance(content, str):
             names[key] = content
+        elif value is not None:
+            raise WeightsError(f"{path}: {key} is {value!r}; supported: the text of a token")
     return names
 
 
