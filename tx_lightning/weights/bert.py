@@ -251,9 +251,7 @@ def describe(network: MaskedLanguageModel | Classifier | Tagger) -> ExportPlan:
             "hidden_act": feed_forward.activation,
             "hidden_dropout_prob": first.attention_residual.dropout.p,
             "attention_probs_dropout_prob": first.self_attention.dropout,
-            "classifier_dropout": (
-                None if isinstance(network, MaskedLanguageModel) else network.dropout.p
-            ),
+            **_head_dropout(network),
             "max_position_embeddings": positions.max_length,
             "type_vocab_size": 1 if segments is None else segments.num_embeddings,
             "layer_norm_eps": eps,
@@ -265,6 +263,12 @@ def describe(network: MaskedLanguageModel | Classifier | Tagger) -> ExportPlan:
         zeros={} if segments else {"bert.embeddings.token_type_embeddings.weight": (1, width)},
         longest=encoder.max_length,
     )
+
+
+def _head_dropout(network: MaskedLanguageModel | Classifier | Tagger) -> Arguments:
+    if isinstance(network, MaskedLanguageModel):
+        return {}
+    return {"classifier_dropout": network.dropout.p}
 
 
 def _table(

@@ -147,7 +147,7 @@ def _config(
         "dtype": "float32",
         **plan.config,
         **_special_ids(tokenizers, plan),
-        **_labels(labels),
+        **_labels(labels, imported),
     }
     if not imported:
         return {**plan.unsaid, **_unsaid_ids(tokenizers, plan), **said}
@@ -184,11 +184,15 @@ def _unsaid_ids(tokenizers: Tokenizers, plan: ExportPlan) -> Arguments:
     return {"bos_token_id": first, "forced_eos_token_id": None}
 
 
-def _labels(labels: list[str] | None) -> Arguments:
+def _labels(labels: list[str] | None, imported: Arguments) -> Arguments:
     if labels is None:
         return {}
+    named = {str(i): label for i, label in enumerate(labels)}
+    unnamed = {str(i): f"LABEL_{i}" for i in range(len(labels))}
+    if imported and named == (imported.get("id2label") or unnamed):
+        return {}
     return {
-        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "id2label": named,
         "label2id": {label: i for i, label in enumerate(labels)},
     }
 
