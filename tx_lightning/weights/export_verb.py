@@ -11,9 +11,11 @@ from tx_lightning.runs import shown
 from tx_lightning.weights.exporting import export_checkpoint
 
 DESCRIPTION = """\
-Write a checkpoint as a folder that transformers loads: config.json, model.safetensors and the files
-of the tokenizer. What was imported becomes what it was. What was trained here becomes GPT-2, BERT,
-BART or Marian where the network is one of these, and is refused otherwise."""
+Write a checkpoint as a folder that transformers loads: config.json, generation_config.json,
+model.safetensors and the files of the tokenizer. What was imported becomes what it was. What was
+trained here becomes GPT-2, BERT, BART or Marian where the network is one of these, and is refused
+otherwise. ct2-transformers-converter makes a CTranslate2 model of it. What the folder cannot say is
+printed."""
 
 
 def main(words: Sequence[str]) -> int:
