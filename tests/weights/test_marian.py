@@ -40,7 +40,7 @@ def network(rows: int, pad: int, **options: Any) -> EncoderDecoder:
     """A network with all weights drawn anew."""
     torch.manual_seed(1)
     sizes: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_ff": 12}
-    depths = {"n_encoder_layers": 2, "n_decoder_layers": 2}
+    depths: dict[str, Any] = {"n_encoder_layers": 2, "n_decoder_layers": 2}
     found = EncoderDecoder(rows, **sizes, **depths, positions=halves, pad_id=pad, **options)
     for parameter in found.parameters():
         parameter.data.normal_(std=0.4)
