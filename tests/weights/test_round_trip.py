@@ -164,6 +164,8 @@ def test_an_old_import_of_marian_is_written_with_plain_padding(tmp_path: Path) -
     before = hf.load(tmp_path / "m.ckpt")
     exported = export_checkpoint(tmp_path / "m.ckpt", tmp_path / "ours")
     assert not [note for note in exported.notes if "last token" in note]
+    names = json.loads((tmp_path / "ours" / "special_tokens_map.json").read_text("utf-8"))
+    assert names["pad_token"] == "<pad>"
     import_weights(str(tmp_path / "ours"), tmp_path / "n.ckpt")
     after = hf.load(tmp_path / "n.ckpt")
     for side in ("source", "target"):

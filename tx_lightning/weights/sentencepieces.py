@@ -77,8 +77,6 @@ def read_pieces(path: Path) -> Pieces:
         charsmap = normalizer.get(2, b"")
         if not scores or not isinstance(charsmap, bytes):
             raise WeightsError(f"{path} {broken}")
-        if charsmap:
-            check_charsmap(charsmap)
     if trainer.get(3, _UNIGRAM) != _UNIGRAM:
         raise WeightsError(f"{path}: model_type is {trainer[3]}; supported: {_UNIGRAM}, unigram")
     if trainer.get(24, 0):

@@ -161,7 +161,6 @@ def _tokenizer(
     with damaged(path, "is no tokenizer in JSON"):
         model = tokenizers.Tokenizer.from_str(text)
         entries = model.get_vocab(with_added_tokens=True)
-        _check_charsmaps(json.loads(model.to_str())["normalizer"])
     rows = config.integer("vocab_size")
     if not entries or max(entries.values()) >= rows:
         raise WeightsError(
@@ -183,6 +182,7 @@ def _tokenizer(
     for i in _numbers(ids):
         special.setdefault(i, (model.id_to_token(i) or f"<{i}>").strip())
     with damaged(path, "is no usable tokenizer"):
+        _check_charsmaps(json.loads(model.to_str())["normalizer"])
         _put_around(model, ids, family.model_type)
         found = Tokenizer.foreign(str(model.to_str()), ids, dict(sorted(special.items())))
         _try_out(found)
