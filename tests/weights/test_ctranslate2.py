@@ -151,19 +151,19 @@ def test_a_language_model_continues_alike(tmp_path: Path) -> None:
 
 def notes(checkpoint: Path, folder: Path) -> list[str]:
     found = export_checkpoint(checkpoint, folder).notes
-    return [note for note in found if note.startswith("CTranslate2 cannot run it")]
+    return [note for note in found if note.startswith("CTranslate2 cannot run this model")]
 
 
 def test_what_the_converter_does_not_take_is_said(trained: Trained, tmp_path: Path) -> None:
     hf.trained(tmp_path / "rows.ckpt", "bart", unused=2, steps=0)
     [note] = notes(tmp_path / "rows.ckpt", tmp_path / "rows")
-    assert "there are 36 rows of embeddings for 34 tokens" in note
+    assert "the embedding table has 36 rows, the tokenizer 34 entries" in note
     with pytest.raises(ValueError, match="expected a vocabulary of size 36"):
         ctranslate2.Translator(converted(tmp_path / "rows"))
 
     import_weights(marian(tmp_path / "theirs", 0.7), tmp_path / "start.ckpt")
     [note] = notes(tmp_path / "start.ckpt", tmp_path / "start")
-    assert "it starts from zeros" in note
+    assert "it starts decoding from zeros" in note
     converted(tmp_path / "start")  # it would not notice
 
     def other(checkpoint: Any) -> None:
@@ -174,4 +174,4 @@ def test_what_the_converter_does_not_take_is_said(trained: Trained, tmp_path: Pa
     path.write_bytes(trained("unshared").read_bytes())
     hf.change_checkpoint(path, other)
     [note] = notes(path, tmp_path / "two")
-    assert "source and target have vocabularies of their own" in note
+    assert "source and target have separate vocabularies" in note

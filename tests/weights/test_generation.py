@@ -195,12 +195,18 @@ class OwnFilter(MinLength):
     [
         (Own(max_length_ratio=0), "Own is written as greedy search"),
         (Sampling(max_length_ratio=0), "samples differ"),
-        (Greedy(max_length_ratio=0, filters=[OwnFilter(3)]), "the filter OwnFilter is left out"),
-        (Greedy(max_length_ratio=0, filters=[BeginWith([4, 5])]), "filter BeginWith is left out"),
-        (Greedy(max_length_ratio=0, filters=[BeginWith([77])]), "filter BeginWith is left out"),
+        (
+            Greedy(max_length_ratio=0, filters=[OwnFilter(3)]),
+            "the filter OwnFilter is not exported",
+        ),
+        (
+            Greedy(max_length_ratio=0, filters=[BeginWith([4, 5])]),
+            "filter BeginWith is not exported",
+        ),
+        (Greedy(max_length_ratio=0, filters=[BeginWith([77])]), "filter BeginWith is not exported"),
         (
             Greedy(max_length_ratio=1.5, max_length_offset=4),
-            "100 tokens at most: transformers has no limit per token of the source, such as 1.5 x",
+            "100 tokens: transformers has no limit relative to the source, here 1.5 x source + 4",
         ),
     ],
 )
@@ -214,7 +220,7 @@ def test_a_start_that_is_the_end_may_come_again_here_alone() -> None:
     ids = SpecialIds(pad=1, bos=2, eos=2, unk=3)
     decoding = Greedy(max_length_ratio=0, filters=[NoRepeatNgram(1)])
     assert "no_repeat_ngram_size" not in written(decoding, ids)
-    assert "the filter NoRepeatNgram is left out" in notes(decoding, ids)[0]
+    assert "the filter NoRepeatNgram is not exported" in notes(decoding, ids)[0]
     assert written(Greedy(filters=[NoRepeatNgram(2)]), ids)["no_repeat_ngram_size"] == 2
     assert written(decoding, ids)["suppress_tokens"] == [1]
 
@@ -261,7 +267,7 @@ def test_a_length_penalty_that_is_not_taken_over_is_said() -> None:
     config = Configuration({"vocab_size": 10, "num_beams": 4}, MARIAN.defaults, "config.json")
     [note] = read_search(config, None)[1]
     assert note == (
-        "length_penalty 1 is not taken over: transformers divides by length^1, a Beam by "
+        "length_penalty 1 is ignored: transformers divides by length^1, Beam by "
         "((5 + length) / 6)^0.6"
     )
 
@@ -330,4 +336,4 @@ def test_filters_of_a_language_model_count_the_prompt() -> None:
     assert settings["min_length"] == 6
     assert settings["no_repeat_ngram_size"] == 1
     assert settings["suppress_tokens"] == [1, 7, 9]
-    assert "the filter BeginWith is left out" in left_out[0]
+    assert "the filter BeginWith is not exported" in left_out[0]

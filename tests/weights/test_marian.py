@@ -176,7 +176,7 @@ def test_two_vocabularies_keep_their_ids(tmp_path: Path) -> None:
 
     hf.change_checkpoint(path, other)
     exported = export_checkpoint(path, tmp_path / "ours")
-    assert "vocabularies of their own" in exported.notes[-1]
+    assert "separate vocabularies" in exported.notes[-1]
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")
     config = model.generation_config
     assert (config.decoder_start_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)

@@ -128,7 +128,7 @@ def test_what_another_file_says_of_ids_is_taken_over(tmp_path: Path) -> None:
     hf.change_json(tmp_path / "theirs" / "generation_config.json", eos_token_id=[2, 5])
     imported = import_weights(str(tmp_path / "theirs"), tmp_path / "n.ckpt")
     assert imported.notes == [
-        "generation_config.json ends a text at any of [2, 5]: here eos_token_id alone does"
+        "generation_config.json has several eos_token_id, [2, 5]: only that of config.json is used"
     ]
 
 

@@ -225,7 +225,7 @@ def test_what_a_folder_cannot_say_is_printed(
     first, *notes, last = capsys.readouterr().out.splitlines()
     assert first == "MarianMTModel"
     assert notes[0].startswith("length_penalty 0.6 is written as 0.48: ")
-    assert notes[1].startswith("a translation has 1,024 tokens at most: ")
+    assert notes[1].startswith("the length limit is 1,024 tokens: ")
     assert len(notes) == 2
     assert last.endswith("out")
 

@@ -146,7 +146,7 @@ def _labels(config: Configuration) -> list[str]:
         raise config.refused("num_labels" if named is None else "id2label", "two classes or more")
     usable = all(isinstance(label, str) and label and label.isprintable() for label in labels)
     if not usable or len(set(labels)) < len(labels) or len(labels) > _MOST_LABELS:
-        raise config.refused("id2label", f"up to {_MOST_LABELS:,} different names of one line")
+        raise config.refused("id2label", f"up to {_MOST_LABELS:,} distinct single-line names")
     return labels
 
 

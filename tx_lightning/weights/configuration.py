@@ -28,12 +28,12 @@ _FEED_FORWARDS: dict[str, tuple[str, Arguments]] = {
 
 
 class Configuration:
-    """The values of a config.json, and of what overrides it.
+    """The fields of config.json, with type and range checks.
 
     Args:
-        values: What is in the file.
-        defaults: What holds where the file is silent.
-        where: The file, for errors.
+        values: The fields in the file.
+        defaults: Values of fields that the file omits.
+        where: The path of the file, for errors.
     """
 
     def __init__(self, values: Values, defaults: Values, where: str) -> None:
@@ -42,7 +42,7 @@ class Configuration:
         self._files = dict.fromkeys(values, where)
 
     def override(self, values: Values, where: str) -> None:
-        """Let values of another file count instead."""
+        """Replace fields by those of another file."""
         self._values.update(values)
         self._files.update(dict.fromkeys(values, where))
 
@@ -50,32 +50,32 @@ class Configuration:
         return self._values[name]
 
     def integer(self, name: str, least: int = 1, most: int = MOST) -> int:
-        """A whole number within bounds; those of a size where none are given."""
+        """Return an integer within bounds, by default those of a size."""
         value = self[name]
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.refused(name, f"a whole number from {least:,} to {most:,}")
         return value
 
     def optional(self, name: str, least: int = 1, most: int = MOST) -> int | None:
-        """A whole number within bounds, or null."""
+        """Return an integer within bounds, or None."""
         return None if self[name] is None else self.integer(name, least, most)
 
     def heads(self, name: str, width: str) -> int:
-        """A number of attention heads, which divides the width."""
+        """Return a number of attention heads; it must divide the width."""
         value = self.integer(name)
         if self.integer(width) % value:
             raise self.refused(name, f"a divisor of {width}, {self[width]}")
         return value
 
     def token_id(self, name: str) -> int:
-        """The id of a token: a row of the embedding table."""
+        """Return a token id: a row of the embedding table."""
         value = self[name]
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         return self._row(name, value)
 
     def check_token_ids(self) -> None:
-        """Refuse ids of tokens that are no rows of the embedding table, used here or not."""
+        """Refuse any token id that is not a row of the embedding table, even if it is not used."""
         for name, value in self._values.items():
             if name.endswith("_token_id") and value is not None:
                 for one in value if isinstance(value, list) and value else [value]:
@@ -88,35 +88,35 @@ class Configuration:
         return value
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """Return a number of moderate size."""
         value = self[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e9:
             raise self.refused(name, "a number")
         return float(value)
 
     def share(self, name: str) -> float:
-        """A share such as dropout: at least 0 and below 1."""
+        """Return a probability such as dropout, at least 0 and below 1."""
         value = self[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise self.refused(name, "a number of at least 0 and below 1")
         return float(value)
 
     def epsilon(self, name: str) -> float:
-        """What a norm adds to the variance."""
+        """Return the epsilon of a norm."""
         value = self.share(name)
         if value == 0:
             raise self.refused(name, "a number above 0 and below 1")
         return value
 
     def flag(self, name: str) -> bool:
-        """True or false."""
+        """Return a boolean."""
         value = self[name]
         if not isinstance(value, bool):
             raise self.refused(name, "true or false")
         return value
 
     def only(self, name: str, *supported: Any) -> None:
-        """Refuse a value other than these; a field that is missing is none."""
+        """Refuse a field that is present and has another value."""
         if name not in self._values:
             return
         value = self[name]
@@ -124,13 +124,13 @@ class Configuration:
             raise self.refused(name, " or ".join(map(json.dumps, supported)))
 
     def equal(self, name: str, other: str) -> int:
-        """The whole number that two fields must have in common."""
+        """Return an integer that two fields must share."""
         if self.integer(name) != self.integer(other):
             raise self.refused(name, f"the value of {other}, {json.dumps(self[other])}")
         return self.integer(name)
 
     def feed_forward(self, name: str, dropout: float = 0.0) -> Arguments:
-        """The feed-forward sublayer of an activation, as a class path with arguments."""
+        """Return the feed-forward sublayer of an activation, as class path and arguments."""
         if not isinstance(self[name], str) or self[name] not in _FEED_FORWARDS:
             raise self.refused(name, ", ".join(_FEED_FORWARDS))
         class_name, arguments = _FEED_FORWARDS[self[name]]
@@ -140,7 +140,7 @@ class Configuration:
         }
 
     def refused(self, name: str, supported: str) -> WeightsError:
-        """The error about a field: its value, and what is supported."""
+        """Build the error for a field: its value and what is supported."""
         value = json.dumps(self[name])
         if len(value) > _LONGEST_VALUE:
             value = f"{value[:_LONGEST_VALUE]}..."
@@ -150,7 +150,7 @@ class Configuration:
 
 
 def same_activation(one: Any, other: Any) -> bool:
-    """Whether two values of config.json are names of the same activation."""
+    """Return whether two fields of config.json name the same activation."""
     names = [value for value in (one, other) if isinstance(value, str) and value in _FEED_FORWARDS]
     return len(names) == 2 and _FEED_FORWARDS[names[0]] == _FEED_FORWARDS[names[1]]
 

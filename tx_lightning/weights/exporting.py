@@ -32,11 +32,11 @@ from tx_lightning.weights.tokenizer_files import special_ids_of, tokenizer_docum
 
 @dataclass(frozen=True)
 class Exported:
-    """What a checkpoint became.
+    """The result of an export.
 
     Args:
-        architecture: The class of transformers that loads it.
-        notes: What the folder cannot say, a line each.
+        architecture: The class of transformers that loads the folder.
+        notes: What the folder cannot express, one line each.
     """
 
     architecture: str
@@ -73,7 +73,7 @@ def export_weights(checkpoint: str | Path, folder: str | Path) -> str:
 
 
 def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
-    """Write a checkpoint as `export_weights` does; return also what the folder cannot say."""
+    """Export as `export_weights` does; return notes as well."""
     folder = Path(folder)
     check_free(folder)
     task = load_task(checkpoint)
@@ -141,7 +141,7 @@ def describe(network: nn.Module) -> ExportPlan:
 def _config(
     plan: ExportPlan, tokenizers: Tokenizers, labels: list[str] | None, imported: Arguments
 ) -> Arguments:
-    """config.json: an imported one with the values that differ, or a new one."""
+    """Build config.json; keep the imported one except for values that differ."""
     said = {
         "model_type": plan.model_type,
         "dtype": "float32",
@@ -174,7 +174,7 @@ def _special_ids(tokenizers: Tokenizers, plan: ExportPlan) -> Arguments:
 
 
 def _unsaid_ids(tokenizers: Tokenizers, plan: ExportPlan) -> Arguments:
-    """Ids that transformers would take from a published model otherwise."""
+    """Special ids for which transformers would otherwise use those of a published model."""
     ids = special_ids_of(tokenizers.target)
     if plan.model_type == "bert":
         return {}
@@ -205,14 +205,14 @@ def _generation(
     longest: int,
     places: Mapping[int, int],
 ) -> tuple[Arguments, list[str]]:
-    """generation_config.json, and what it cannot say; nothing for what generates no text."""
+    """Build generation_config.json, empty for encoders, and notes on what it cannot express."""
     if plan.model_type == "bert":
         return {}, []
     if imported:
         limited = imported.get("max_length") or imported.get("max_new_tokens")
         note = (
-            f"{GENERATION} is the imported one, without max_length: transformers stops after 20 "
-            "tokens unless it is told otherwise"
+            f"{GENERATION} was imported and has no max_length: transformers stops after 20 tokens "
+            "by default"
         )
         return imported, [] if limited else [note]
     target = tokenizers.target
@@ -225,18 +225,18 @@ def _generation(
 
 
 def _for_ctranslate2(plan: ExportPlan, tokenizers: Tokenizers, state: Tensors) -> list[str]:
-    """Why CTranslate2 cannot run what is written, one line or none."""
+    """Explain in a note why CTranslate2 cannot run the folder, if it cannot."""
     entries, ids = tokenizers.target.vocab_size, special_ids_of(tokenizers.target)
     if plan.model_type == "bert":
         return []
     if not tokenizers.shared:
-        why = "source and target have vocabularies of their own, and its converter reads one"
+        why = "source and target have separate vocabularies, its converter supports one"
     elif entries != plan.rows:
-        why = f"there are {plan.rows} rows of embeddings for {entries} tokens"
+        why = f"the embedding table has {plan.rows} rows, the tokenizer {entries} entries"
     elif plan.model_type == "marian" and ids.pad != plan.rows - 1:
-        why = "its converter takes the last token for padding, and it is not"
+        why = "its converter requires padding to be the last token"
     elif plan.model_type == "marian" and state["target_embedding.tokens.weight"][ids.bos].any():
-        why = "it starts from zeros, and the embedding of the start token is not 0"
+        why = "it starts decoding from zeros, but the embedding of the start token is not 0"
     else:
         return []
-    return [f"CTranslate2 cannot run it: {why}"]
+    return [f"CTranslate2 cannot run this model: {why}"]

@@ -1,4 +1,4 @@
-"""Folders of weights as Hugging Face lays them out, local or from its hub: read, and written whole.
+"""Read and write folders in the layout of Hugging Face, local or from its hub.
 
 A folder holds config.json and tensors: model.safetensors or pytorch_model.bin, or an index beside
 their shards. Nothing in it is executed: pickles are read with `weights_only=True`.
@@ -33,22 +33,24 @@ _LONGEST_REASON = 200
 
 @contextmanager
 def damaged(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises on damaged bytes into one line about the file.
+    """Convert any exception that a library raises on a damaged file to a `WeightsError`.
 
     Args:
         path: The file.
-        what: The verdict, such as "is no tokenizer in JSON".
+        what: The message after the path, such as "is no tokenizer in JSON".
     """
     try:
         yield
     except (WeightsError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # tokenizers raises Exception itself, and panics that are none
+    except (
+        BaseException
+    ) as error:  # tokenizers raises bare Exception, and Rust panics, which are none
         raise WeightsError(f"{path} {what}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line of bounded length."""
+    """Return the message of an error as one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
@@ -238,7 +240,7 @@ def write_folder(
     safetensors = _safetensors()
     folder = folder.absolute()
     check_free(folder)
-    # Inside a folder that is there: it may be a link, a mount or the current one, and stays.
+    # An existing folder is kept: it may be a link, a mount point or the current directory.
     there = folder.is_dir()
     temporary = (folder if there else folder.parent) / f".{folder.name}.tmp-{os.getpid()}"
     try:
@@ -261,7 +263,7 @@ def write_folder(
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder, or file, that would be overwritten or cannot be written."""
+    """Refuse a path that exists, unless it is an empty folder, or that cannot be written."""
     check_writable(folder)
     if folder.is_dir() and not any(folder.iterdir()):
         return
@@ -270,7 +272,7 @@ def check_free(folder: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that cannot be created, before any work is done for it."""
+    """Refuse a path that cannot be created."""
     try:
         place = path.absolute()
         while not place.exists():

@@ -1,4 +1,4 @@
-"""How outputs are searched for: generation_config.json and our `Decoding`, in both directions."""
+"""Convert generation_config.json to our `Decoding` and back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from tx_lightning.weights.configuration import Arguments, Configuration
 
 Notes = list[str]
 
-# What generation_config.json says of the search, where there is one, rather than config.json.
+# Fields about the search; generation_config.json takes precedence over config.json.
 SEARCH = (
     "forced_bos_token_id",
     "no_repeat_ngram_size",
@@ -31,27 +31,27 @@ SEARCH = (
     "length_penalty",
 )
 _MOST_BEAMS = 1000
-# transformers divides by length^p. The p that treats lengths 10 and 40 as ((5 + length) / 6)^a does
-# is this times a.
+# transformers divides by length^p. With p = _EXPONENT * a, lengths 10 and 40 have the same ratio of
+# penalties as with ((5 + length) / 6)^a.
 _EXPONENT = math.log((5 + 40) / (5 + 10)) / math.log(40 / 10)
 
 
 def read_search(config: Configuration, longest: int | None) -> tuple[Arguments, Notes]:
-    """How to translate, as far as the files say it in terms that are also ours.
+    """Convert the supported fields to arguments of a `Translation`.
 
     Args:
-        config: Their terms.
+        config: The fields.
         longest: Positions of the decoder, None for no limit.
 
     Returns:
-        `decoding` and `test_decoding` of a task, and what the user should know.
+        `decoding` and `test_decoding` as class path and arguments, and notes for the user.
     """
     filters = []
     if config["forced_bos_token_id"] is not None:
         filters.append(_filter("BeginWith", ids=[config.token_id("forced_bos_token_id")]))
     if size := config.optional("no_repeat_ngram_size", least=0):
         filters.append(_filter("NoRepeatNgram", size=size))
-    # Their min_length and max_length count the token that decoding starts with.
+    # min_length and max_length of transformers include the decoder start token.
     least = max(
         (config.optional("min_length", least=0) or 1) - 1,
         config.optional("min_new_tokens", least=0) or 0,
@@ -77,8 +77,8 @@ def read_search(config: Configuration, longest: int | None) -> tuple[Arguments, 
             options["test_decoding"]["length_penalty"] = 0.0
         else:
             notes.append(
-                f"length_penalty {penalty:g} is not taken over: transformers divides by "
-                f"length^{penalty:g}, a Beam by ((5 + length) / 6)^{Beam().length_penalty:g}"
+                f"length_penalty {penalty:g} is ignored: transformers divides by "
+                f"length^{penalty:g}, Beam by ((5 + length) / 6)^{Beam().length_penalty:g}"
             )
     found = {
         name: {"class_path": f"tx_lightning.decoding.{search}", "init_args": options[name]}
@@ -98,25 +98,24 @@ def write_translation(
     longest: int,
     places: Mapping[int, int],
 ) -> tuple[Arguments, Notes]:
-    """The generation_config.json of a translation model, and what it cannot say.
+    """Build generation_config.json of a translation model, and notes on what it cannot express.
 
     Args:
-        decoding: How the checkpoint translates.
-        ids: The special ids of the target side, as they are written.
+        decoding: The search of the checkpoint.
+        ids: The exported special ids of the target side.
         unused: Rows of the embedding table without a token.
         longest: Positions of the decoder.
-        places: The id that each token of ours is written with.
+        places: Map from our token ids to the exported ones.
     """
     settings, notes = _strategy(decoding)
     most = decoding.max_length_offset
     if decoding.max_length_ratio > 0:
         most = min(int(decoding.max_length_ratio * longest) + most, longest)
         notes.append(
-            f"a translation has {most:,} tokens at most: transformers has no limit per token of "
-            f"the source, such as {decoding.max_length_ratio:g} x source + "
-            f"{decoding.max_length_offset}"
+            f"the length limit is {most:,} tokens: transformers has no limit relative to the "
+            f"source, here {decoding.max_length_ratio:g} x source + {decoding.max_length_offset}"
         )
-    settings["max_length"] = max(min(most, longest), 1) + 1  # theirs counts the start
+    settings["max_length"] = max(min(most, longest), 1) + 1  # includes the decoder start token
     filters, more = _filters(decoding.filters, ids, places, starts=1)
     never = {i for i in (ids.pad, ids.bos) if i != ids.eos}
     return {
@@ -132,13 +131,13 @@ def write_translation(
 def write_continuation(
     decoding: Decoding, ids: SpecialIds, unused: Sequence[int], longest: int
 ) -> tuple[Arguments, Notes]:
-    """The generation_config.json of a language model, and what it cannot say.
+    """Build generation_config.json of a language model, and notes on what it cannot express.
 
     Args:
-        decoding: How the checkpoint continues a text.
+        decoding: The search of the checkpoint.
         ids: The special ids.
         unused: Rows of the embedding table without a token.
-        longest: Positions: most tokens of a prompt and what follows it.
+        longest: Positions: maximum length of prompt and continuation.
     """
     settings, notes = _strategy(decoding)
     filters, more = _filters(decoding.filters, ids, {}, starts=0)
@@ -161,7 +160,7 @@ def _suppressed(never: set[int], unused: Sequence[int]) -> Arguments:
 
 
 def _strategy(decoding: Decoding) -> tuple[Arguments, Notes]:
-    """How the next token is chosen."""
+    """Convert the search itself."""
     if isinstance(decoding, Beam) and type(decoding) is Beam:
         if decoding.beam_size == 1:
             return {"do_sample": False, "num_beams": 1}, []
@@ -169,7 +168,7 @@ def _strategy(decoding: Decoding) -> tuple[Arguments, Notes]:
         settings = {
             "do_sample": False,
             "num_beams": decoding.beam_size,
-            "early_stopping": "never",  # as here: only when nothing better can come
+            "early_stopping": "never",  # as here: stop only when no better hypothesis is possible
             "length_penalty": penalty,
         }
         if decoding.n_best > 1:
@@ -187,7 +186,9 @@ def _strategy(decoding: Decoding) -> tuple[Arguments, Notes]:
             "do_sample": True,
             "num_beams": 1,
             "temperature": decoding.temperature,
-            "top_k": 0 if decoding.top_k is None else decoding.top_k,  # theirs is 50 by default
+            "top_k": 0
+            if decoding.top_k is None
+            else decoding.top_k,  # the default of transformers is 50
             "top_p": 1.0 if decoding.top_p is None else decoding.top_p,
         }
         if decoding.min_p is not None:
@@ -206,13 +207,13 @@ def _strategy(decoding: Decoding) -> tuple[Arguments, Notes]:
 def _filters(
     filters: Sequence[Filter], ids: SpecialIds, places: Mapping[int, int], starts: int
 ) -> tuple[Arguments, Notes]:
-    """What may not come next.
+    """Convert filters.
 
     Args:
-        filters: Ours.
-        ids: The special ids.
-        places: The id that each token is written with, where a first token may be asked for.
-        starts: Tokens before the first one generated that theirs count and ours do not.
+        filters: The filters.
+        ids: The exported special ids.
+        places: Map from our token ids to the exported ones; empty if no first token can be forced.
+        starts: Number of start tokens that transformers counts and we do not.
     """
     settings: Arguments = {}
     left_out = []
@@ -223,7 +224,9 @@ def _filters(
         elif (
             isinstance(one, NoRepeatNgram)
             and type(one) is NoRepeatNgram
-            and not (one.size == 1 and starts and ids.bos == ids.eos)  # theirs count the start
+            and not (
+                one.size == 1 and starts and ids.bos == ids.eos
+            )  # transformers counts the start token
         ):
             size = settings.get("no_repeat_ngram_size", one.size)
             settings["no_repeat_ngram_size"] = min(one.size, size)
@@ -236,6 +239,6 @@ def _filters(
             settings["forced_bos_token_id"] = places[one.ids[0]]
         else:
             left_out.append(
-                f"the filter {type(one).__name__} is left out: transformers has none like it here"
+                f"the filter {type(one).__name__} is not exported: transformers has no equivalent"
             )
     return settings, left_out

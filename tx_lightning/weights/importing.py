@@ -84,7 +84,7 @@ def import_weights(
     notes += passed_over
     tokenizers = read_tokenizers(folder, config, family)
     plan.table.check_names(tensors, where)
-    with torch.device("meta"):  # takes no memory until the shapes are known to be those of the file
+    with torch.device("meta"):  # no memory is allocated before the shapes match the file
         built = build_task(plan.settings)
     shapes = {n: t.shape for n, t in built.get_submodule("network").state_dict().items()}
     ours, kept = plan.table.read(tensors, shapes, where)
@@ -115,7 +115,7 @@ def import_weights(
 
 
 def _check_output(output: Path) -> None:
-    """Refuse a checkpoint that would overwrite something or cannot be written."""
+    """Refuse a path that exists or cannot be written."""
     check_writable(output)
     if output.is_dir():
         raise WeightsError(f"{output} is a folder: give the name of a file")
@@ -145,7 +145,7 @@ def _family(values: Mapping[str, Any], folder: Path) -> tuple[Family, str]:
 def _configuration(
     values: Mapping[str, Any], generation: Mapping[str, Any], family: Family, folder: Path
 ) -> tuple[Configuration, list[str]]:
-    """config.json with what generation_config.json says rather than it, and what is passed over."""
+    """Merge config.json and generation_config.json; return notes on what is ignored."""
     where = str(folder / GENERATION)
     config = Configuration(values, family.defaults, str(folder / CONFIG))
     config.check_token_ids()
@@ -159,13 +159,15 @@ def _configuration(
     ends = overridden.get("eos_token_id")
     if isinstance(ends, list) and len(ends) != 1:
         del overridden["eos_token_id"]
-        notes.append(f"{GENERATION} ends a text at any of {ends}: here eos_token_id alone does")
+        notes.append(
+            f"{GENERATION} has several eos_token_id, {ends}: only that of {CONFIG} is used"
+        )
     config.override(overridden, where)
     return config, notes
 
 
 def _check_texts(n_texts: int, plan: ImportPlan) -> None:
-    """Refuse pairs of texts where only one can be read."""
+    """Refuse text pairs for tasks that take one text."""
     if n_texts not in (1, 2):
         raise WeightsError(f"--n_texts {n_texts}: a classifier takes 1 or 2 texts")
     if n_texts == 2 and plan.task != "Classification":
@@ -223,14 +225,14 @@ def build_task(settings: Arguments) -> LightningModule:
 
 
 def _state(task: LightningModule, ours: Tensors, plan: ImportPlan) -> tuple[Tensors, list[str]]:
-    """The state dict of a task with weights that were read, and the names of what stays new."""
+    """Build the state dict of a task; return the names of newly initialized tensors as well."""
     own = task.get_submodule("network").state_dict()
     new = [name for name in own if name not in ours]
     assert all(name.startswith(plan.new) for name in new), new
     if new:
         initial = build_task(plan.settings).get_submodule("network").state_dict()
         ours = {**ours, **{name: initial[name] for name in new}}
-    # Copies in float32 that share no memory with the file; tied tensors stay one tensor.
+    # float32 copies that share no memory with the file; tied tensors stay tied.
     copies = {
         id(tensor): tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         for tensor in ours.values()

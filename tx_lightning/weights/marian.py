@@ -1,16 +1,16 @@
-"""The vocabulary and the start of decoding as Marian (Junczys-Dowmunt et al. 2018) has them.
+"""Vocabulary and decoder start as in Marian (Junczys-Dowmunt et al. 2018).
 
-In Marian the last token is padding, and decoding starts with it: with a vector of zeros. What reads
-Marian's folders relies on this; CTranslate2 drops the last row and starts from zeros whatever it
-holds. A network that was trained here starts with the embedding of BOS, and has rows for padding
-and BOS elsewhere. It is the same function in another representation:
+In Marian the last token is padding. It also starts decoding, and its embedding is 0. CTranslate2's
+converter relies on this: it drops the last row and starts decoding from zeros. A network trained
+here starts from the embedding of BOS and has separate rows for padding and BOS. This module
+rewrites it without changing its output:
 
-- All embeddings e move by -b, the embedding of BOS, so that the start becomes 0. Then the input x
-  of the first layer is x - c at every position, c being b times the scale. Two biases take this
-  back: queries, keys and values are W (x - c) + (bias + W c), and the post-norm residual is
-  norm((x - c) + (attention(x) + c)). The logits h e of a tied output all move by -h b, which their
-  softmax does not see.
-- The rows are those of all tokens but padding and BOS, in their order, and <pad> in place of BOS.
+- Subtract b, the embedding of BOS, from all embeddings, so that the start becomes 0. The input x of
+  the first layer then becomes x - c, where c is b times the embedding scale. Two biases compensate:
+  queries, keys and values are W (x - c) + (bias + W c), and the post-norm residual is
+  norm((x - c) + (attention(x) + c)). The logits h e of the tied output all change by -h b, to which
+  softmax is invariant.
+- Keep the rows of all tokens except padding and BOS, in order, and append <pad> as the start.
 """
 
 import json
@@ -24,11 +24,11 @@ from tx_lightning.weights.renumbering import PAD, padded_last
 from tx_lightning.weights.rules import Tensors
 from tx_lightning.weights.tokenizer_files import plain_settings, special_ids_of
 
-NEVER = -1e4  # a logit of something that is not generated; half precision has it too
+NEVER = -1e4  # bias of a token that must not be generated; within the range of float16
 
 
 def has_layout(tokenizers: Tokenizers) -> bool:
-    """Whether tokenizers can be written with Marian's vocabulary: one, for both sides."""
+    """Return whether tokenizers can be rewritten: one vocabulary for both sides, UNK kept."""
     ids, source = special_ids_of(tokenizers.target), special_ids_of(tokenizers.source)
     kept = _kept(tokenizers.target, ids)
     needed = {ids.eos, ids.unk, *ids.prefix}
@@ -42,11 +42,11 @@ def has_layout(tokenizers: Tokenizers) -> bool:
 
 
 def with_plain_padding(tokenizers: Tokenizers, rows: int) -> Tokenizers | None:
-    """Tokenizers whose last token is <pad> by that name, None where they have another layout.
+    """Return tokenizers whose last token is named <pad>; None if it is not padding and start.
 
     Args:
-        tokenizers: Those of a model that is written with its own rows.
-        rows: Of the embedding table.
+        tokenizers: The tokenizers of a model whose rows are kept.
+        rows: Rows of the embedding table.
     """
     ids = special_ids_of(tokenizers.target)
     last = rows - 1
@@ -58,7 +58,7 @@ def with_plain_padding(tokenizers: Tokenizers, rows: int) -> Tokenizers | None:
 
 
 def _kept(tokenizer: Tokenizer, ids: SpecialIds) -> list[int]:
-    """The ids of all tokens that are not written as <pad>."""
+    """Return the ids of all tokens except padding and BOS; EOS stays even if it is BOS."""
     gone = {ids.pad, ids.bos} - {ids.eos}
     return [i for i in range(tokenizer.vocab_size) if i not in gone]
 
@@ -66,15 +66,16 @@ def _kept(tokenizer: Tokenizer, ids: SpecialIds) -> list[int]:
 def with_layout(
     state: Tensors, tokenizers: Tokenizers, *, shared: bool, scale: float
 ) -> tuple[Tensors, Tokenizers, dict[int, int]]:
-    """The state dict of an `EncoderDecoder` and its tokenizers in the layout of Marian.
-
-    Returned with the new id of each token that has one.
+    """Rewrite the state dict of an `EncoderDecoder` and its tokenizers.
 
     Args:
-        state: Of a post-norm network without norms of embeddings, its output tied.
-        tokenizers: Those of which `has_layout` is true.
-        shared: Whether source and target have one embedding table.
-        scale: What embeddings are multiplied by.
+        state: The state dict: post-norm, no embedding norm, tied output.
+        tokenizers: The tokenizers, for which `has_layout` is true.
+        shared: Whether source and target share one embedding table.
+        scale: The factor of the embeddings.
+
+    Returns:
+        State dict, tokenizers, and a map from old to new token ids.
     """
     ids = special_ids_of(tokenizers.target)
     kept = _kept(tokenizers.target, ids)
@@ -105,7 +106,7 @@ def _both(tokenizers: Tokenizers, kept: Sequence[int]) -> Tokenizers:
 
 
 def _move(state: Tensors, attention: str, by: Tensor) -> None:
-    """Let a self-attention and its residual be what they were when the input moves by -`by`."""
+    """Compensate in a self-attention and its residual for an input that changes by -`by`."""
     weight = state[f"{attention}.input.weight"].double()
     for name, change in (("input", weight @ by), ("output", by)):
         bias = state[f"{attention}.{name}.bias"]
@@ -113,7 +114,7 @@ def _move(state: Tensors, attention: str, by: Tensor) -> None:
 
 
 def _renumbered(tokenizer: Tokenizer, kept: Sequence[int]) -> Tokenizer:
-    """A tokenizer with the kept tokens as 0, 1, 2 and so on, and <pad> behind them."""
+    """Renumber the kept tokens from 0 and append <pad>."""
     ids, places = special_ids_of(tokenizer), {old: new for new, old in enumerate(kept)}
     last = len(kept)
     settings = padded_last(plain_settings(tokenizer), kept)

@@ -1,4 +1,4 @@
-"""The JSON of a tokenizer with other ids: some tokens are left out, and padding is the last."""
+"""Renumber the tokens in the JSON of a tokenizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,13 +7,13 @@ PAD = "<pad>"
 
 
 def padded_last(settings: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
-    """A tokenizer with some of its tokens, numbered from 0, and <pad> behind them.
+    """Keep some tokens, renumber them from 0 and append <pad>.
 
-    <pad> is an added token: no piece of a text is it, whatever the model.
+    <pad> is an added token, so that no model produces it from text.
 
     Args:
         settings: The JSON of a tokenizer.
-        kept: Ids of the tokens that stay, ascending.
+        kept: Ids of the tokens to keep, ascending.
     """
     places = {old: new for new, old in enumerate(kept)}
     model = dict(settings["model"])
@@ -26,5 +26,5 @@ def padded_last(settings: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]
     added = [{**t, "id": places[t["id"]]} for t in settings["added_tokens"] if t["id"] in places]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added.append({"id": len(kept), "content": PAD, **flags, "special": True})
-    # The post-processor names ids; it is made anew when the files are written.
+    # The post-processor contains ids; `tokenizer_documents` builds a new one.
     return {**settings, "model": model, "added_tokens": added, "post_processor": None}

@@ -119,14 +119,14 @@ class Table:
     ignored: tuple[str, ...] = ()
 
     def check_names(self, theirs: Mapping[str, Tensor], where: str) -> None:
-        """Refuse tensors that are missing or left over, before a network is built for them.
+        """Refuse missing and unexpected tensors, before a network is built.
 
         Args:
-            theirs: Their tensors, no more and no fewer.
-            where: What the error names.
+            theirs: The tensors of the folder.
+            where: The path, for errors.
 
         Raises:
-            WeightsError: A tensor is missing or left over.
+            WeightsError: A tensor is missing or unexpected.
         """
         given = {name for name in theirs if not name.endswith(self.ignored)}
         given = {self.theirs_tied.get(name, name) for name in given}
@@ -212,32 +212,32 @@ class Table:
 
 
 def _check_plain(name: str, tensor: Tensor, where: str) -> None:
-    """Refuse a tensor of another type, and one with fewer values than its shape promises."""
+    """Refuse a tensor of another dtype, and one that does not store all its elements."""
     kind = str(tensor.dtype).removeprefix("torch.")
     if tensor.dtype not in _NUMBERS:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NUMBERS)
         raise WeightsError(f"{where}: {name} has type {kind}; supported: {supported}")
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
-        raise WeightsError(f"{where}: {name} does not hold a value for each of its places")
+        raise WeightsError(f"{where}: {name} does not store all its elements")
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are NaN or infinite, also those that are so only in float32.
+    """Refuse tensors with NaN or infinity, including values that overflow float32.
 
     Args:
-        tensors: By name.
-        where: What the error names.
+        tensors: The tensors by name.
+        where: The path, for errors.
 
     Raises:
-        WeightsError: One of them has such a value.
+        WeightsError: A tensor has such a value.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             n = int((~tensor.float().isfinite()).sum())
             raise WeightsError(
                 f"{where}: {name} has {n:,} of {tensor.numel():,} values that are not finite: the "
-                "training diverged or the file is damaged; take an earlier checkpoint"
+                "training diverged or the file is damaged; use an earlier checkpoint"
             )
 
 

@@ -92,11 +92,11 @@ def read_pieces(path: Path) -> Pieces:
 
 
 def check_charsmap(charsmap: bytes) -> None:
-    """Refuse a normalization of characters that would end the program at some text.
+    """Refuse a character map on which the tokenizers library panics for some text.
 
-    It is the size of a trie, the trie as a double array of 32-bit units (Aoe 1989, as darts-clone
-    lays it out), and what the trie's values point to: strings that end in a zero byte. The
-    tokenizers library follows all of these without a check.
+    The format: size of a trie in bytes, the trie as a double array of 32-bit units (Aoe 1989, the
+    layout of darts-clone), and zero-terminated strings, to which the values of the trie point. The
+    library follows all offsets unchecked.
     """
     size = int.from_bytes(charsmap[:4], "little")
     strings = charsmap[4 + size :]

@@ -42,8 +42,8 @@ from tx_lightning.weights.rules import (
 )
 
 _BIAS = "final_logits_bias"
-_POSITIONS = 1024  # sinusoids have no end; who reads Marian's folder computes them up to here
-_BART_BLOCKS = {  # older readers, such as CTranslate2's converter, look for these
+_POSITIONS = 1024  # ours have no limit, transformers needs one
+_BART_BLOCKS = {  # fields of older versions that CTranslate2's converter reads
     "normalize_before": False,
     "add_final_layer_norm": False,
     "normalize_embedding": True,
@@ -164,7 +164,7 @@ def _special_ids(
         mask=mask,
         prefix=prefix,
     )
-    if ids.pad in (ids.eos, ids.unk, ids.mask, *prefix):  # attention would not see these
+    if ids.pad in (ids.eos, ids.unk, ids.mask, *prefix):  # attention masks padding
         raise config.refused("pad_token_id", "an id that no other token of a text has")
     return ids
 
@@ -314,9 +314,10 @@ def describe(network: EncoderDecoder) -> ExportPlan:
 def lay_out(
     plan: ExportPlan, network: EncoderDecoder, state: Tensors, tokenizers: Tokenizers
 ) -> tuple[ExportPlan, Tensors, Tokenizers, Mapping[int, int]]:
-    """What is written of a translation model: of a Marian, where it can be, Marian's own layout.
+    """Rewrite a translation model in Marian's layout, if it is exported as Marian.
 
-    Returned with the id that each token is written with.
+    Returns:
+        Plan, state dict and tokenizers to export, and a map from our token ids to theirs.
     """
     if plan.model_type != MARIAN.model_type or not marian.has_layout(tokenizers):
         return plan, state, tokenizers, {i: i for i in range(plan.rows)}
@@ -332,7 +333,7 @@ def lay_out(
 
 
 def _are_plain(positions: Positions, width: int) -> bool:
-    """Whether positions are added as Marian computes them."""
+    """Return whether the position scheme adds exactly what Marian adds."""
     added = positions.embed(torch.zeros(1, _COMPARED, width))[0]
     return torch.allclose(added, sinusoids(torch.arange(float(_COMPARED)), width, "halves"))
 
@@ -359,7 +360,7 @@ def _table(n_encoder_layers: int, n_decoder_layers: int, *, learned: bool, share
         theirs_tied |= {theirs_source: table, theirs_target: table}
     else:
         rules.append(same(source, theirs_source))
-    rules.append(Flat("output.bias", (_BIAS,)))  # theirs always have one
+    rules.append(Flat("output.bias", (_BIAS,)))  # mandatory there
     for stack, side in (("encoder", "source"), ("decoder", "target")):
         if learned:
             name = f"model.{stack}.layernorm_embedding"

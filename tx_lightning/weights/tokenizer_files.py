@@ -57,7 +57,7 @@ def _json_if_there(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(path: Path) -> dict[str, str]:
-    """What a file calls the special tokens: "eos_token" and so on, as text or as an object."""
+    """Read the names of special tokens, given as string or as object with `content`."""
     given, names = _json_if_there(path), {}
     for key in (f"{role}_token" for role in _ROLES):
         value = given.get(key)
@@ -70,7 +70,7 @@ def _special_tokens(path: Path) -> dict[str, str]:
 
 
 def _texts(folder: Path, options: Mapping[str, Any], names: Names) -> list[Source]:
-    """The tokenizers of both sides as JSON, each with its file, from whichever files there are."""
+    """Read the tokenizers of both sides as JSON, each with its path."""
 
     def there(*files: str) -> bool:
         return all((folder / file).is_file() for file in files)
@@ -95,7 +95,7 @@ def _texts(folder: Path, options: Mapping[str, Any], names: Names) -> list[Sourc
 
 
 def _flag(options: Mapping[str, Any], name: str, default: bool | None) -> Any:
-    """An option of tokenizer_config.json that is true, false or absent."""
+    """Return a boolean option of tokenizer_config.json, or its default."""
     value = options.get(name)
     if value is not None and not isinstance(value, bool):
         raise WeightsError(f"{TOKENIZER_CONFIG}: {name} is {value!r}; supported: true or false")
@@ -107,7 +107,7 @@ def _word_pieces(path: Path, options: Mapping[str, Any], names: Names) -> str:
     lines = read_text(path).split("\n")
     entries = [line.rstrip("\r") for line in (lines[:-1] if lines[-1] == "" else lines)]
     last = {entry: i for i, entry in enumerate(entries)}
-    # Of equal lines the last one counts; the others are entries that no text reaches.
+    # Of equal lines the last one counts; the others get names that do not occur in text.
     vocabulary = {
         entry if last[entry] == i else f" {i} {entry}": i for i, entry in enumerate(entries)
     }
@@ -168,7 +168,10 @@ def _tokenizer(
             f"config.json vocab_size is {rows}"
         )
     if max(entries.values()) >= len(entries):
-        raise WeightsError(f"{path}: the ids of its {len(entries)} entries are not 0, 1, 2 and on")
+        largest = max(entries.values())
+        raise WeightsError(
+            f"{path}: its ids have gaps: {len(entries)} entries, ids up to {largest}"
+        )
 
     def token_id(name: str) -> int | None:
         content = names.get(name, "")
@@ -190,7 +193,7 @@ def _tokenizer(
 
 
 def _check_charsmaps(normalizer: dict[str, Any] | None) -> None:
-    """Refuse a normalizer that would end the program at some text, also as part of a sequence."""
+    """Refuse a normalizer that panics on some text, also inside a sequence."""
     for part in [] if normalizer is None else normalizer.get("normalizers", [normalizer]):
         if part.get("type") == "Precompiled":
             check_charsmap(base64.b64decode(part["precompiled_charsmap"]))
@@ -199,7 +202,7 @@ def _check_charsmaps(normalizer: dict[str, Any] | None) -> None:
 
 
 def _try_out(tokenizer: Tokenizer) -> None:
-    """Use a tokenizer once: the library takes some that fail at their first text."""
+    """Use a tokenizer once: the library accepts some that fail on every text."""
     rows = tokenizer.encode_batch(_TEXTS)
     if any(not 0 <= i < tokenizer.vocab_size for row in rows for i in row):
         raise ValueError("it gives ids beyond its entries")
@@ -229,7 +232,7 @@ def special_ids_of(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def plain_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The JSON of a tokenizer of ours without our entry."""
+    """Return the JSON of a tokenizer without our own entry."""
     settings: dict[str, Any] = json.loads(tokenizer.to_json())
     settings.pop(_FOREIGN, None)
     return settings
@@ -238,15 +241,15 @@ def plain_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 def tokenizer_documents(
     found: Tokenizers, model_type: str, longest: int, *, literal: bool = False
 ) -> list[Document]:
-    """The files of tokenizers, by name, as transformers reads them.
+    """Build the tokenizer files of transformers: names and contents.
 
     Special tokens have the names that they have in the vocabulary.
 
     Args:
         found: The tokenizers.
         model_type: Of the network.
-        longest: Most tokens of a text.
-        literal: Whether the name of a special token in a text is text there as well.
+        longest: Maximum number of tokens of a text.
+        literal: Whether names of special tokens in a text are ordinary text.
     """
     ids = special_ids_of(found.source)
     model, settings = _for_transformers(found.source, ids, model_type)
@@ -286,7 +289,7 @@ def _for_transformers(
 
 
 def _put_around(model: tokenizers.Tokenizer, ids: SpecialIds, model_type: str) -> None:
-    """Let transformers put the special tokens around a text that we do, where nothing else does."""
+    """Add a post-processor that puts special tokens around a text, if there is none."""
     before = [ids.bos] if model_type == "bert" else list(ids.prefix)
     known = all(model.id_to_token(i) is not None for i in (*before, ids.eos))
     if model.post_processor is None and model_type != "gpt2" and known:
