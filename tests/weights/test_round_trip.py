@@ -64,8 +64,13 @@ def marian(folder: Path) -> None:
 
 
 def wide_marian(folder: Path) -> None:
-    """Of more rows than its tokenizer has entries, padding beyond them."""
+    """Of more rows than its tokenizer has entries, padding beyond them, and a short config.json."""
     save_seq2seq(folder, hf.marian(share_encoder_decoder_embeddings=False))
+    path = folder / "config.json"
+    values = json.loads(path.read_text("utf-8"))
+    for name in ("max_position_embeddings", "scale_embedding", "dropout", "decoder_vocab_size"):
+        del values[name]
+    path.write_text(json.dumps(values), "utf-8")
 
 
 BUILDS: dict[str, Build] = {
@@ -146,6 +151,18 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path: Path) -> None:
         line = f"checkpoint {path}: {name} has 1 of 16 values that are not finite: "
         assert str(caught.value).startswith(line)
         assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("entry", [3, [], {"config": 3}, {"kept": []}, {"generation": "x"}])
+def test_a_damaged_entry_of_an_import_is_refused(entry: Any, tmp_path: Path) -> None:
+    hf.trained(tmp_path / "m.ckpt", "bart", steps=0)
+
+    def spoil(checkpoint: Any) -> None:
+        checkpoint[IMPORTED] = entry
+
+    hf.change_checkpoint(tmp_path / "m.ckpt", spoil)
+    with pytest.raises(WeightsError, match="m.ckpt: its entry 'imported' is damaged"):
+        export_weights(tmp_path / "m.ckpt", tmp_path / "ours")
 
 
 def test_an_old_import_of_marian_is_written_with_plain_padding(tmp_path: Path) -> None:

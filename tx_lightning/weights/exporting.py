@@ -78,7 +78,7 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
     check_free(folder)
     task = load_task(checkpoint)
     saved = read_checkpoint(checkpoint, lazily=True)
-    record, imported = saved[RECORD], saved.get(IMPORTED, {})
+    record, imported = saved[RECORD], _imported(saved, checkpoint)
     network = _network(task)
     plan = describe(network)
     tokenizers = Tokenizers.from_dict(record["tokenizers"])
@@ -86,18 +86,19 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
     state: Tensors = network.state_dict()
     require_finite(state, f"checkpoint {checkpoint}")
     places: Mapping[int, int] = {i: i for i in range(plan.rows)}
-    if imported and plan.model_type == "marian":
+    if imported["config"] and plan.model_type == "marian":
         tokenizers = marian.with_plain_padding(tokenizers, plan.rows) or tokenizers
     elif isinstance(task, Translates) and isinstance(network, EncoderDecoder):
         plan, state, tokenizers, places = seq2seq.lay_out(plan, network, state, tokenizers)
-    tensors = plan.table.write(state, imported.get("kept", {}))
+    tensors = plan.table.write(state, imported["kept"])
     for name, shape in plan.zeros.items():
         tensors[name] = torch.zeros(shape)
-    config = _config(plan, tokenizers, record["labels"], imported.get("config", {}))
-    longest = int(config["max_position_embeddings"] if plan.longest is None else plan.longest)
+    config = _config(plan, tokenizers, record["labels"], imported["config"])
+    longest = plan.longest
+    if longest is None:
+        longest = int({**plan.unsaid, **config}["max_position_embeddings"])
     documents: dict[str, dict[str, Any]] = {CONFIG: config}
-    written = imported.get("generation", {})
-    generation, notes = _generation(task, plan, tokenizers, written, longest, places)
+    generation, notes = _generation(task, plan, tokenizers, imported["generation"], longest, places)
     if generation:
         documents[GENERATION] = generation
     literal = own_tokenizer and plan.model_type != "bert"
@@ -105,6 +106,15 @@ def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
     write_folder(folder, tensors, documents)
     architecture = str(config["architectures"][0])
     return Exported(architecture, notes + _for_ctranslate2(plan, tokenizers, state))
+
+
+def _imported(saved: Mapping[str, Any], checkpoint: str | Path) -> dict[str, dict[str, Any]]:
+    """What `import` kept of a folder in order to write it again; empty for other checkpoints."""
+    entry = saved.get(IMPORTED, {})
+    names = ("config", "generation", "kept")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(n, {}), dict) for n in names):
+        raise WeightsError(f"checkpoint {checkpoint}: its entry {IMPORTED!r} is damaged")
+    return {name: entry.get(name, {}) for name in names}
 
 
 def _network(task: LightningModule) -> nn.Module:

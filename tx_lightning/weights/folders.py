@@ -256,7 +256,7 @@ def write_folder(
                 path.replace(folder / path.name)
         else:
             temporary.replace(folder)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise WeightsError(f"{folder} cannot be written: {reason(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -298,7 +298,6 @@ def describe(network: EncoderDecoder) -> ExportPlan:
         config["max_position_embeddings"] = positions.max_length
     else:
         config["architectures"] = ["MarianMTModel"]
-        config["decoder_vocab_size"] = config["vocab_size"]
         config["share_encoder_decoder_embeddings"] = network.share_embeddings
     table = _table(
         len(network.encoder.layers),
@@ -328,7 +327,7 @@ def lay_out(
         scale=network.target_embedding.scale,
     )
     rows = tokenizers.target.vocab_size
-    config = {**plan.config, "vocab_size": rows, "decoder_vocab_size": rows}
+    config = {**plan.config, "vocab_size": rows}
     return replace(plan, config=config), state, tokenizers, places
 
 
