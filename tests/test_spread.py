@@ -24,7 +24,6 @@ from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.loggers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("spread")  # one process makes the runs
 # The others have the batches and the loss of one of these.
 TASKS = ["Translation", "LanguageModeling", "Classification", "MaskedLanguageModeling"]
 
