@@ -57,8 +57,8 @@ class Forked:
     ) -> None:
         port = free_port()
         # In a short path, for sockets of wandb; killed processes leave much there.
-        self._temporary = tempfile.mkdtemp()
-        environment = {**environment, "TMPDIR": self._temporary}
+        self._temporary = Path(tempfile.mkdtemp())
+        environment = {**environment, "TMPDIR": str(self._temporary)}
         self._processes = [
             _CONTEXT.Process(
                 target=_child,
@@ -95,7 +95,8 @@ class Forked:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
-        shutil.rmtree(self._temporary)
+        while self._temporary.exists():  # a service of wandb may be clearing up there as well
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
