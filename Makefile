@@ -19,11 +19,11 @@ demo: $(INSTALLED)
 # Two worker processes with one thread each: threads of torch in small tests only get in each
 # other's way.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --quiet
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet
 
 # The same in random order. It prints how to repeat the order: make test-random SEED=1234
 test-random: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --quiet -p randomly \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --quiet -p randomly \
 		$(SEED:%=--randomly-seed=%)
 
 # Most of an hour: runs that are killed at random, two hosts, ten million pairs. One after the other,

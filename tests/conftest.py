@@ -4,6 +4,7 @@ Nothing is left behind from one test to the next (left_behind.py), so their orde
 """
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -85,6 +86,30 @@ def pytest_terminal_summary(
     if config.pluginmanager.has_plugin("randomly"):
         seed = config.getoption("randomly_seed")
         terminalreporter.write_line(f"random order: make test-random SEED={seed}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give the tests that share a fixture of their file to one worker, all others one by one.
+
+    xdist begins with the largest of these units, so that no worker is left with one at the end. Its
+    own --dist loadgroup does nothing with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = _unit
+    return scheduling
+
+
+def _unit(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    return file if _shares_fixtures(file) else nodeid
+
+
+@functools.cache
+def _shares_fixtures(file: str) -> bool:
+    return 'scope="module"' in (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,6 +25,12 @@ from tests.stand_ins import free_port
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.stand_ins", "tx_lightning.commands"])
 _ENVIRONMENT = dict(os.environ)  # without what the first test that starts one has set
+
+
+def prepare() -> None:
+    """Start the process that others are forked from, for `start_method="forkserver"`."""
+    with patch.dict(os.environ, _ENVIRONMENT, clear=True):
+        ensure_running()
 
 
 class Forked:
@@ -40,7 +47,7 @@ class Forked:
 
     def __init__(
         self,
-        function: Callable[[list[str]], int],
+        function: Callable[[list[str]], int | None],
         words: list[str],
         *,
         environment: Mapping[str, str],
@@ -50,8 +57,8 @@ class Forked:
     ) -> None:
         port = free_port()
         # In a short path, for sockets of wandb; killed processes leave much there.
-        self._temporary = tempfile.mkdtemp()
-        environment = {**environment, "TMPDIR": self._temporary}
+        self._temporary = Path(tempfile.mkdtemp())
+        environment = {**environment, "TMPDIR": str(self._temporary)}
         self._processes = [
             _CONTEXT.Process(
                 target=_child,
@@ -60,9 +67,9 @@ class Forked:
             )
             for rank in range(ranks)
         ]
-        with patch.dict(os.environ, _ENVIRONMENT, clear=True):
-            for process in self._processes:
-                process.start()
+        prepare()
+        for process in self._processes:
+            process.start()
 
     def poll(self) -> int | None:
         """The exit status of the first process, negative for a signal; None while it runs."""
@@ -88,7 +95,8 @@ class Forked:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid or 0, signal.SIGKILL)
             process.join()
-        shutil.rmtree(self._temporary)
+        while self._temporary.exists():  # a service of wandb may be clearing up there as well
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -108,7 +116,7 @@ def _torchrun(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _child(
-    function: Callable[[list[str]], int],
+    function: Callable[[list[str]], int | None],
     words: list[str],
     environment: Mapping[str, str],
     *,

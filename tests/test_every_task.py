@@ -72,7 +72,7 @@ CALLBACKS: list[dict[str, Any]] = [
             "save_last": True,
         },
     },
-    {"class_path": "tx_lightning.callbacks.AttentionLogger"},
+    {"class_path": "tx_lightning.callbacks.AttentionLogger", "init_args": {"examples": [0]}},
     {"class_path": "tx_lightning.callbacks.SampleLogger", "init_args": {"n": 2}},
     {"class_path": "tx_lightning.callbacks.Throughput"},
     {"class_path": "tx_lightning.callbacks.LongestBatch"},

@@ -15,6 +15,7 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
+from tests import processes
 from tx_lightning.metrics import Confusion, ConfusionCounts, CorpusBLEU, CorpusChrF, TokenMean
 
 WORDS = ["the", "a", "dog", "Dog", "cat,", "sleeps.", "café", "3.14", "!", "(well)", "don't"]
@@ -178,7 +179,8 @@ def _evaluate_shard(rank: int, folder: str) -> None:
 
 
 def test_two_processes_with_uneven_shards_give_the_same_digits(tmp_path: Path) -> None:
-    start_processes(_evaluate_shard, (str(tmp_path),), nprocs=2, start_method="spawn")
+    processes.prepare()
+    start_processes(_evaluate_shard, (str(tmp_path),), nprocs=2, start_method="forkserver")
     hypotheses, references = corpus(60)
     confusion = Confusion(multiclass_confusion_matrix(*classes(60, 4), 4))
     expected = [

@@ -2,15 +2,16 @@
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests.processes import Forked
 from tests.stand_ins import free_port
 from tx_lightning import runs
 
@@ -70,31 +71,33 @@ def test_processes_of_torchrun_agree_where_its_agent_hosts_the_store(
 
 
 def test_processes_agree_where_the_first_hosts_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """And torch.distributed can meet at the same address afterwards."""
-    program = (
-        "import sys; from pathlib import Path; from tx_lightning.runs import run_folder\n"
-        "import torch.distributed as dist\n"
-        "folder = run_folder(Path(sys.argv[1]))\n"
-        "dist.init_process_group('gloo'); dist.barrier(); dist.destroy_process_group()\n"
-        "print(folder)"
+    output = tmp_path / "output.txt"
+    forked = Forked(
+        meet,
+        [str(tmp_path / "runs")],
+        environment={**os.environ, "PYTHONPATH": str(ROOT)},
+        folder=tmp_path,
+        output=output,
+        ranks=2,
     )
-    as_torchrun(monkeypatch, free_port(), hosted_elsewhere=False)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, str(tmp_path)],
-            env=os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    folders = [process.communicate(timeout=120)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert [str(path) for path in tmp_path.iterdir()] == [folders[0]]
-    assert folders[0] == folders[1]
+    try:
+        assert forked.wait(timeout=300) == 0, output.read_text()
+    finally:
+        forked.kill()
+    folders = output.read_text().split()
+    assert [str(path) for path in (tmp_path / "runs").iterdir()] == [folders[0]]
+    assert folders == [folders[0]] * 2
+
+
+def meet(words: list[str]) -> None:
+    folder = runs.run_folder(Path(words[0]))
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.write(f"{folder}\n")  # with its end, or another may come between
 
 
 def as_torchrun(monkeypatch: pytest.MonkeyPatch, port: int, *, hosted_elsewhere: bool) -> None:

@@ -40,15 +40,15 @@ def in_shards(accumulate: int = 2) -> list[str]:
 def test_killed_in_shards_and_resumed_to_the_last_bit(tmp_path: Path) -> None:
     """With dropout and AdamW; then translated with, by one process."""
     (tmp_path / "whole").mkdir()
-    file = written("Translation", tmp_path / "whole")
+    file = written("Translation", tmp_path / "whole", max_steps=20)
     finish(tmp_path / "whole" / "run", file, in_shards())
     there, run = tmp_path / "run.yaml", tmp_path / "run"
     there.write_text(file.read_text())
     # In the last validation before a save, so that the next start begins with a validation.
-    die(start(run, there, in_shards(), kill_at="validation:20"), tmp_path)
+    die(start(run, there, in_shards(), kill_at="validation:10"), tmp_path)
     process = launch(run, there, [])  # its configuration says on how many processes
     assert process.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()[-3000:]
-    assert_same(run, tmp_path / "whole" / "run")
+    assert_same(run, tmp_path / "whole" / "run", n_steps=20)
     task = load_task(run / "checkpoints" / "last.ckpt")
     assert isinstance(task, Translation)
     assert not any(type(p).__name__ == "DTensor" for p in task.parameters())

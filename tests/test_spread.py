@@ -1,6 +1,6 @@
 """The same run, however it is spread over processes and accumulated micro-batches.
 
-Tasks are trained for three epochs, ragged batches and the small last one included, by one process
+Tasks are trained for two epochs, ragged batches and the small last one included, by one process
 with whole batches, by two and three processes, by accumulated micro-batches, and by both. In each
 optimizer step the gradients must be the same before the optimizer, and clipping must see the same
 norm. Some batches have fewer examples than there are parts.
@@ -18,13 +18,13 @@ import pytest
 import torch
 import yaml
 
-from tests.stand_ins import steps
+from tests.processes import Forked
+from tests.stand_ins import fit_each, steps
 from tests.test_every_task import configuration
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.loggers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.xdist_group("spread")  # one process makes the runs
 # The others have the batches and the loss of one of these.
 TASKS = ["Translation", "LanguageModeling", "Classification", "MaskedLanguageModeling"]
 
@@ -49,7 +49,7 @@ OTHERS = [
     Spread(2, 2, "ddp"),
     SHARDED,
 ]
-EPOCHS = 3
+EPOCHS = 2
 
 
 def written(folder: Path, task: str, spread: Spread) -> Path:
@@ -77,7 +77,7 @@ def written(folder: Path, task: str, spread: Spread) -> Path:
         "strategy": {"class_path": spread.strategy} if "." in spread.strategy else spread.strategy,
         "callbacks": [saving, {"class_path": "tests.stand_ins.Recorder"}],
     }
-    settings["data"]["init_args"]["batch_tokens"] = 96
+    settings["data"]["init_args"]["batch_tokens"] = 64 if task == "LanguageModeling" else 96
     settings["data"]["init_args"]["eval_batch_tokens"] = 48  # as many batches as there are pairs
     file = folder / f"{task}-{spread}.yaml"
     file.write_text(yaml.safe_dump(settings))
@@ -101,19 +101,38 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if spread.processes == processes
             for task in TASKS
         ]
-        torchrun = [] if processes == 1 else ["torch.distributed.run", "--standalone", "-m"]
-        spread = [] if processes == 1 else [f"--nproc_per_node={processes}"]
-        command = [sys.executable, "-m", *torchrun[:2], *spread, *torchrun[2:], "tests.stand_ins"]
-        done = subprocess.run(
-            [*command, *files],
-            cwd=ROOT,
-            env={**os.environ, "WANDB_MODE": "disabled"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+        environment = {**os.environ, "WANDB_MODE": "disabled"}
+        if processes == 2:  # as a user starts them
+            command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    *command,
+                    "--log-dir",
+                    folder,
+                    "-m",
+                    "tests.stand_ins",
+                    *files,
+                ],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=1200,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            continue
+        output = folder / f"{processes}.txt"
+        runs = Forked(
+            fit_each, files, environment=environment, folder=ROOT, output=output, ranks=processes
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        try:
+            status = runs.wait(timeout=1200)
+        finally:
+            runs.kill()
+        assert status == 0, output.read_text()[-3000:]
     return folder
 
 

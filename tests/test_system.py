@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from tests import wandb_file
+from tests.processes import Forked
 from tests.test_experiments import TRANSLATION as QUICKSTART
 from tests.test_experiments import shrink
 from tx_lightning.__main__ import main
@@ -147,18 +147,19 @@ def test_predict_writes_hypotheses_in_input_order(checkpoint: Path, tmp_path: Pa
 def two_processes(folder: Path, words: list[str]) -> dict[str, Any]:
     """Run a command on two processes and return its last value of each metric."""
     words = [*words, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--name", "two"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
-    command = [sys.executable, "-m", "tx_lightning", *words]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    output = folder / "output.txt"
+    forked = Forked(
+        main,
+        words,
+        environment={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"},
+        folder=folder,
+        output=output,
+        ranks=2,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    try:
+        assert forked.wait(timeout=600) == 0, output.read_text()[-3000:]
+    finally:
+        forked.kill()
     (run,) = (folder / "runs/two").iterdir()
     return last_values(run) | {"folder": run}
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
+from tests import processes
 from tests.stand_ins import free_port
 from tests.tasks.test_translation import Gradients, SaveAt, make_trainer
 from tests.tasks.test_translation import make_data as translation_data
@@ -397,8 +399,10 @@ def test_predictions_are_a_table_in_input_order(tmp_path: Path) -> None:
 
 def test_scores_are_the_same_to_the_digit_on_two_processes(tmp_path: Path) -> None:
     task = make_task()
+    processes.prepare()
     with patch.dict(os.environ, MASTER_PORT=str(free_port())):
-        trainer = make_trainer(tmp_path, devices=2, strategy="ddp_spawn")
+        strategy = DDPStrategy(start_method="forkserver")
+        trainer = make_trainer(tmp_path, devices=2, strategy=strategy)
         trainer.test(task, make_data(eval_batch_tokens=64), verbose=False)
     two = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer = make_trainer(tmp_path)
