@@ -203,13 +203,13 @@ def test_without_gradients_only_the_logits_are_computed(
     hidden, weight, targets = inputs()
     expected = linear_cross_entropy(hidden, weight, targets, 0.1)
     shapes = []
-    product = losses._matmul_transposed
+    product = losses.matmul_transposed
 
     def counted(a: Tensor, b: Tensor) -> Tensor:
         shapes.append((a.shape[0], b.shape[0]))
         return product(a, b)
 
-    monkeypatch.setattr(losses, "_matmul_transposed", counted)
+    monkeypatch.setattr(losses, "matmul_transposed", counted)
     with context():
         result = linear_cross_entropy(hidden, weight, targets, 0.1)
         biased = linear_cross_entropy(hidden, weight, targets, 0.1, torch.randn(V).requires_grad_())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tx_lightning.nn.linear import ROWS, matmul_transposed, outer_sum
+from tx_lightning.nn.linear import ROWS, matmul_transposed, outer_sum, product_dtype
 
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 _CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -75,9 +75,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        h, w = hidden.to(dtype), weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
+        h, w = hidden.to(product_dtype(hidden)), weight.to(product_dtype(weight))
+        b = None if bias is None else bias.to(product_dtype(bias))
         rows = max(1, _CHUNK_LOGITS.get(device, 1 << 27) // weight.shape[0])
         rows -= rows % ROWS if rows > ROWS else 0
         uniform = label_smoothing / weight.shape[0]
@@ -103,8 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_b is not None:
                     grad_b += p.sum(0)
                 p = p.to(h.dtype)
-                grad_h[part] = _matmul_transposed(p, w.t())
-                grad_w += _outer_sum(p, h[part])
+                grad_h[part] = matmul_transposed(p, w.t())
+                grad_w += outer_sum(p, h[part])
             if grad_h is not None and grad_w is not None and label_smoothing:
                 grad_h -= uniform * w.sum(0)
                 grad_w -= uniform * h.sum(0, dtype=wide)
@@ -132,17 +131,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    logits = _matmul_transposed(h, w)
+    logits = matmul_transposed(h, w)
     return logits if b is None else logits.add_(b)
-
-
-def _matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and a.dtype == torch.float32:
-        return matmul_transposed(a, b)
-    return a @ b.t()
-
-
-def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and a.dtype == torch.float32:
-        return outer_sum(a, b)
-    return a.t() @ b
