@@ -46,9 +46,9 @@ def attend(kernel: str, case: str, dtype: torch.dtype) -> list[Tensor]:
         torch.randn(B, H, n, K, generator=generator).to(dtype).requires_grad_()
         for n in (T, keys, keys)
     )
-    bias = None
+    bias: Tensor | None = None
     if mask is not None and mask.is_floating_point():
-        mask, bias = None, mask.to(dtype)
+        bias, mask = mask.to(dtype), None
     if kernel == "fused":
         y = fused_attention(q, k, v, mask, causal, 0.0, bias)
     else:

@@ -110,6 +110,7 @@ class Decoder(nn.Module):
         """Transform the newest position, (N, 1, D) -> (N, 1, D), given the cached earlier ones."""
         _, score_bias = combine(None, self.positions.bias(1, state.caches[0].length + 1), x)
         for layer, cache, memory in zip(self.layers, state.caches, state.memories, strict=True):
+            layer.self_attention.reserve(x, cache)
             x = layer(
                 x,
                 memory,

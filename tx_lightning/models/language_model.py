@@ -245,6 +245,8 @@ class LanguageModel(LayeredNetwork):
             future = causal_mask(length, start + length, x.device)
         mask, score_bias = combine(future, bias, x)
         for layer, cache in zip(self.layers, caches, strict=True):
+            if cache is not None:
+                layer.self_attention.reserve(x, cache)
             x = layer(
                 x,
                 mask=mask,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.dropout import dropout
-from tx_lightning.nn.linear import Linear, linear
+from tx_lightning.nn.linear import Linear, linear, product_dtype
 from tx_lightning.nn.masks import additive_mask, causal_mask, check_mask, check_score_bias
 from tx_lightning.nn.positions import Positions
 
@@ -207,6 +207,12 @@ class MultiHeadAttention(nn.Module):
         """Project a memory (B, S, D) once, for many queries: keys and values (B, H, S, K)."""
         k, v = self._project(memory, slice(memory.shape[-1], None)).chunk(2, dim=-1)
         return KeyValues(self._split(k), self._split(v))
+
+    def reserve(self, x: Tensor, cache: KeyValueCache) -> None:
+        """Make room in a cache for the keys and values of x (B, T, D); see its `reserve`."""
+        b, t, d = x.shape
+        like = x.new_empty(0, dtype=product_dtype(x))
+        cache.reserve(like, (b, self.n_heads, t, d // self.n_heads))
 
     def _project(self, x: Tensor, rows: slice) -> Tensor:
         bias = self.input.bias[rows] if self.bias else None

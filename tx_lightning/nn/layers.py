@@ -4,8 +4,11 @@ Shapes: B batch, T target or own length, S source length, D d_model.
 """
 
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tx_lightning.nn.attention import MultiHeadAttention
@@ -17,6 +20,10 @@ from tx_lightning.nn.positions import Positions
 
 NormFactory = Callable[[int], nn.Module]
 
+# Training, validation and the steps of decoding, with masks and without, batches of one sentence
+# and of several: torch would give up at 8 and go on uncompiled.
+_COMPILED_VARIANTS = 64
+
 
 class LayeredNetwork(nn.Module):
     """A network of `EncoderLayer`s and `DecoderLayer`s; the base class of all networks."""
@@ -24,12 +31,18 @@ class LayeredNetwork(nn.Module):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each layer with `torch.compile`, to which all arguments are passed.
 
-        All layers of a kind share the compiled code (regional compilation), and whatever runs them
-        is faster: training, `hidden` and decoding. Names of weights do not change.
+        Layers of a kind share the compiled code (regional compilation), and training, evaluation
+        and decoding use it. Weights keep their names.
         """
+        if "recompile_limit" in signature(torch.compile).parameters:  # not in older versions
+            kwargs.setdefault("recompile_limit", _COMPILED_VARIANTS)
+        self.compile_layers(partial(torch.compile, *args, **kwargs))
+
+    def compile_layers(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile each layer with a function that compiles a function."""
         for module in self.modules():
             if isinstance(module, EncoderLayer | DecoderLayer):
-                module.compile(*args, **kwargs)
+                module._compiled_call_impl = compiler(module._call_impl)
 
 
 class Residual(nn.Module):

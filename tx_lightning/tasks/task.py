@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
@@ -22,6 +24,7 @@ from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
 from tx_lightning.losses import TokenLoss
+from tx_lightning.nn.layers import LayeredNetwork
 from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
 
@@ -78,6 +81,14 @@ class Task(LightningModule, Generic[B]):
         self._grad_norm: Tensor | None = None
         freeze_parameters(network, freeze)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "network" and isinstance(value, OptimizedModule):
+            raise ValueError(
+                "task.network = torch.compile(network) would compile nothing that a task calls and "
+                "rename all weights: call task.network.compile(), with the same arguments"
+            )
+        super().__setattr__(name, value)
+
     # What a task decides.
 
     @abstractmethod
@@ -122,8 +133,17 @@ class Task(LightningModule, Generic[B]):
 
     # Set-up and checkpoints.
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the layers of the network with `torch.compile`, to which all arguments go."""
+        self.network.compile(*args, **kwargs)
+
     def setup(self, stage: str) -> None:
         """Take the tokenizers of the data that the trainer was given."""
+        if self._compiler_ctx is not None and isinstance(self.network, LayeredNetwork):
+            # The trainer was given torch.compile(task), and has all steps compiled, with whatever
+            # they do to texts and files. The layers are what gains from it.
+            self.network.compile_layers(self._compiler_ctx["dynamo_ctx"])
+            to_uncompiled(self)
         self.attach(self.trainer.datamodule.tokenizers)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
