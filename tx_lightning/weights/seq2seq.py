@@ -56,7 +56,7 @@ def plan_marian(config: Configuration, architecture: str, task: str | None) -> I
     config.only("decoder_vocab_size", config["vocab_size"], None)
     positions = {
         "class_path": "tx_lightning.nn.SinusoidalPositions",
-        "init_args": {"layout": "halves"},
+        "init_args": {"layout": "halves", "scale": 1.0},
     }
     shared = config.flag("share_encoder_decoder_embeddings")
     changes = {"positions": positions, "share_embeddings": shared}
@@ -257,6 +257,8 @@ def describe(network: EncoderDecoder) -> ExportPlan:
         raise not_representable("BART", "positions", type(positions).__name__, supported)
     if isinstance(positions, SinusoidalPositions) and positions.layout != "halves":
         raise not_representable("Marian", "layout of positions", positions.layout, "halves")
+    if isinstance(positions, SinusoidalPositions) and positions.amplitude != 1:
+        raise not_representable("Marian", "scale of positions", str(positions.amplitude), "1")
     first = cast(EncoderLayer, network.encoder.layers[0])
     residuals = (first.attention_residual, first.feed_forward_residual)
     if first.attention_residual.pre_norm:
