@@ -149,7 +149,7 @@ def test_a_run_goes_on_where_it_ended(base: str) -> None:
     folder = only_run()
     assert main(["fit", "--resume", str(folder), "--trainer.max_epochs", "3"]) == 0
     assert list(Path("runs/tiny").iterdir()) == [folder]
-    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [9, 19, 29]
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [10, 20, 30]
     (whole,) = only_run("whole").glob("checkpoints/*.ckpt")
     assert torch.equal(weights(folder / "checkpoints" / whole.name), weights(whole))
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
@@ -207,7 +207,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(base: str) -> None:
     (checkpoint,) = folder.glob("checkpoints/*.ckpt")
     assert read_checkpoint(checkpoint)["global_step"] == 10
     assert main(command.partition("tx-lightning ")[2].split()) == 0
-    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [9, 19]
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [10, 20]
 
 
 def test_a_run_is_not_started_again_over_damaged_checkpoints(

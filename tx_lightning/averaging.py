@@ -30,6 +30,9 @@ _DROPPED = {
     "sizes",
     "wandb_rows",
     "train_sums",
+    "logged",
+    "current_model_state",
+    "averaging_state",
 }
 
 

@@ -55,6 +55,7 @@ from tx_lightning.runs import (
     run_folder,
     shown,
 )
+from tx_lightning.tasks.companions import StepNumbers, number_steps
 from tx_lightning.tasks.task import Task
 
 LINKS = {
@@ -65,6 +66,7 @@ LINKS = {
 }
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
+OnDivergence = Literal["stop", "ignore"]
 
 
 class CommandLine(LightningCLI):
@@ -139,6 +141,13 @@ class CommandLine(LightningCLI):
             default=None,
             help="A checkpoint whose weights fit starts from, wherever name and shape agree, and "
             "whose tokenizers the data use.",
+        )
+        parser.add_argument(
+            "--on_divergence",
+            type=OnDivergence,
+            default="stop",
+            help="What fit does when a logged loss or gradient norm is NaN or infinite: stop ends "
+            "the run with an error, ignore trains on.",
         )
         parser.add_argument(
             "--test_after",
@@ -317,6 +326,7 @@ class CommandLine(LightningCLI):
                 logger.open_in(self.folder, self.verb or "build")
         trainer.callbacks.insert(0, RunRecord(self._plain(self.config), self.folder))
         trainer.callbacks.insert(0, DueValidation())
+        trainer.callbacks.insert(0, StepNumbers())
         trainer.callbacks.append(GracefulStop(self.folder))
         if self.verb == "predict":
             trainer.callbacks.append(PredictionWriter(self.folder))
@@ -367,6 +377,8 @@ class CommandLine(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if isinstance(self.model, Rebuildable):
             self.model.settings = self._plain(self.config)["model"]
+        if isinstance(self.model, Task):
+            self.model.stop_when_diverged = self._section().on_divergence == "stop"
         path = self._section().pretrained
         if path is not None:
             self._start_from(Path(path))
@@ -395,6 +407,7 @@ class CommandLine(LightningCLI):
             return
         pretrained = Pretrained.read(path)
         data.given_tokenizers = pretrained.tokenizers
+        task.attach(pretrained.tokenizers)  # before the weights, as it may move the row of padding
         report = initialize(task, pretrained)
         if is_first_process():
             print(f"pretrained from {shown(path.absolute())}: {report}", flush=True)
@@ -404,8 +417,18 @@ class CommandLine(LightningCLI):
         kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
         return kwargs
 
+    def _number_steps(self) -> None:
+        """Have an evaluation say the step of the checkpoint that it is of."""
+        if self.checkpoint is None or self.verb == "fit":
+            return
+        step = read_checkpoint(self.checkpoint, lazily=True)["global_step"]
+        progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
+        progress.optimizer.step.total.completed = step
+        number_steps(self.trainer, step)
+
     def _run_subcommand(self, subcommand: str) -> None:
         self._announce()
+        self._number_steps()
         failed = True
         try:
             super()._run_subcommand(subcommand)

@@ -4,7 +4,7 @@ Each is a sum of statistics over segments or tokens. Processes add their sums; n
 over batches or ranks, so uneven shards change nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -16,10 +16,41 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class _CorpusScore(Metric):
-    """A sacreBLEU score from summed integer statistics, one reference per hypothesis."""
+class SumMetric(Metric):
+    """A metric whose state is sums, with the same type whatever the precision of training.
+
+    The state follows the module to its device, but keeps its type when the module is converted to
+    another (sums of a whole epoch in bfloat16 would be wrong). Apple's devices have no float64:
+    there the sums stay on the host, and adding to them waits for the device.
+    """
 
     full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__(compute_with_cache=False)
+
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = ()
+    ) -> "SumMetric":
+        # An integer is moved like everything else, but never converted.
+        device = fn(torch.zeros(0, dtype=torch.int64, device=self.device)).device
+        super()._apply(fn, exclude_state=list(self.metric_state))
+        host = device.type == "mps"
+        for name, value in self.metric_state.items():
+            assert isinstance(value, Tensor)
+            setattr(self, name, value.to("cpu" if host else device))
+        return self
+
+    def _add(self, name: str, value: Tensor) -> None:
+        """Add to a sum, on its device and in its type."""
+        total = self.metric_state[name]
+        assert isinstance(total, Tensor)
+        total += value.detach().to(total.device).to(total.dtype)
+
+
+class _CorpusScore(SumMetric):
+    """A sacreBLEU score from summed integer statistics, one reference per hypothesis."""
+
     higher_is_better = True
     statistics: Tensor
 
@@ -48,7 +79,7 @@ class _CorpusScore(Metric):
             )
         if hypotheses:
             segments = self._scorer._extract_corpus_statistics(hypotheses, [references])
-            self.statistics += torch.tensor(segments).sum(0).to(self.statistics.device)
+            self._add("statistics", torch.tensor(segments, device="cpu").sum(0))
 
     def compute(self) -> Tensor:
         """Return the corpus score, 0 to 100, a float64 scalar; 0 for an empty corpus."""
@@ -83,6 +114,16 @@ class CorpusBLEU(_CorpusScore):
                 f"{hint}There are {', '.join(known)}"
             )
         super().__init__(BLEU(lowercase=lowercase, tokenize=tokenize, force=True), n_statistics=10)
+        self._of_a_sentence = BLEU(
+            lowercase=lowercase, tokenize=tokenize, force=True, effective_order=True
+        )
+
+    def sentence(self, hypothesis: str, reference: str) -> float:
+        """Return sacreBLEU's BLEU of one sentence, 0 to 100, tokenized and cased as the corpus.
+
+        N-grams longer than the sentence do not count (`effective_order`, Post 2018).
+        """
+        return float(self._of_a_sentence.sentence_score(hypothesis, [reference]).score)
 
 
 class CorpusChrF(_CorpusScore):
@@ -98,10 +139,9 @@ class CorpusChrF(_CorpusScore):
         super().__init__(scorer, n_statistics=3 * scorer.order)
 
 
-class TokenMean(Metric):
+class TokenMean(SumMetric):
     """A mean over tokens: the sum of all totals by the sum of all counts."""
 
-    full_state_update = False
     total: Tensor
     count: Tensor
 
@@ -117,7 +157,10 @@ class TokenMean(Metric):
             total: The sum of a quantity over tokens, a scalar.
             count: The number of those tokens.
         """
-        self.total += total.detach() if isinstance(total, Tensor) else total
+        if isinstance(total, Tensor):
+            self._add("total", total)
+        else:
+            self.total += total
         self.count += count
 
     def compute(self) -> Tensor:
@@ -179,14 +222,13 @@ class Confusion(NamedTuple):
         ]
 
 
-class ConfusionCounts(Metric):
+class ConfusionCounts(SumMetric):
     """Counts of what was taken for what, from which accuracy and F1 follow exactly.
 
     Args:
         n_classes: C.
     """
 
-    full_state_update = False
     counts: Tensor
 
     def __init__(self, n_classes: int) -> None:
@@ -203,7 +245,9 @@ class ConfusionCounts(Metric):
             labels: (N,), the class that each has; below 0 where it has none: it does not count.
         """
         cells = labels.clamp(min=0) * self.n_classes + given
-        self.counts.scatter_add_(0, cells, (labels >= 0).to(self.counts.dtype))
+        counts = torch.zeros_like(self.counts, device=cells.device)
+        counts.scatter_add_(0, cells, (labels >= 0).to(counts.dtype))
+        self._add("counts", counts)
 
     def compute(self) -> Confusion:
         """Return the counts of all processes."""

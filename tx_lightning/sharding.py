@@ -67,15 +67,24 @@ class Sharded(ModelParallelStrategy):
         assert isinstance(found, dict)
         return found
 
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Let the trainer restore optimizers when all hooks have seen the checkpoint."""
+        return True
+
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a whole checkpoint; each process keeps its shards."""
+        """Read a whole checkpoint; each process keeps its shards of the weights."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         assert self.model is not None
         assert isinstance(checkpoint, dict)
         self.model.load_state_dict(_like(self.model.state_dict(), checkpoint["state_dict"]))
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Each process keeps its shards of the optimizer's state."""
         for optimizer, state in zip(
             self.optimizers, checkpoint.get("optimizer_states", []), strict=False
         ):
@@ -85,7 +94,6 @@ class Sharded(ModelParallelStrategy):
                 for index, values in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": shards})
-        return checkpoint
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:

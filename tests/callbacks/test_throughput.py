@@ -55,6 +55,7 @@ def batch(source_length: int, target_length: int, rows: int, padding: int) -> Tr
     return TranslationBatch(
         source=source,
         target=target,
+        places=torch.arange(rows * target_length),
         indices=list(range(rows)),
         source_text=[],
         target_text=[],

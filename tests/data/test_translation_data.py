@@ -69,7 +69,8 @@ def sentences(n: int, first: int = 0) -> list[tuple[str, str]]:
 def at_stage(module: TranslationData, stage: str) -> None:
     """Lets the module think that a trainer runs this stage."""
     state = SimpleNamespace(fn=TrainerFn(stage))
-    module.trainer = SimpleNamespace(state=state, world_size=1)  # type: ignore[assignment]
+    trainer = SimpleNamespace(state=state, world_size=1, limit_val_batches=1.0)
+    module.trainer = trainer  # type: ignore[assignment]
 
 
 TRAIN, VAL, TEST = sentences(200), sentences(23, 1000), sentences(11, 2000)

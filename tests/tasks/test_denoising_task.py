@@ -1,5 +1,6 @@
 """The task of denoising against sums by hand: loss, scores, resume, samples, a start for others."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from tests.data.test_masking import word_pieces
 from tests.tasks.test_translation import Gradients, SaveAt, make_trainer, tiny_network
 from tx_lightning.data.denoising import DenoisingData, Noise
 from tx_lightning.data.tokenizers import PAD, Tokenizers, Words
+from tx_lightning.models import EncoderDecoder
+from tx_lightning.nn import LearnedPositions
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.tasks import Denoising, Translation
 
@@ -142,6 +145,28 @@ def test_samples_show_sentinels(tmp_path: Path) -> None:
         segment = data.segments(data.val_store)[index].tolist()
         assert [words] == data.tokenizers.source.decode_batch([segment])
         assert parts[f"<{len(parts) - 1}>"] == ""
+
+
+def test_samples_are_no_longer_than_the_positions(tmp_path: Path) -> None:
+    def short(vocab_size: int) -> EncoderDecoder:
+        positions = partial(LearnedPositions, max_length=13)
+        return EncoderDecoder(
+            vocab_size,
+            d_model=16,
+            n_heads=2,
+            n_encoder_layers=1,
+            n_decoder_layers=1,
+            d_ff=32,
+            positions=positions,
+        )
+
+    torch.manual_seed(3)
+    task = Denoising(V, short)
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=None, val_check_interval=1)
+    trainer.fit(task, datamodule=make_data())
+    rows = task.sample_rows(4)
+    assert len(rows) == 4
+    assert all(set(row) == {"corrupted", "output", "reference"} for row in rows)
 
 
 def test_attention_inputs_label_every_real_token() -> None:

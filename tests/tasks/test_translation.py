@@ -20,7 +20,7 @@ from tx_lightning.models import EncoderDecoder
 from tx_lightning.nn import LearnedPositions
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.tasks import Translation
-from tx_lightning.tasks.translation import TextTooLong
+from tx_lightning.tasks.translation import Sample, TextTooLong
 
 NUMBERS = "null eins zwei drei vier fünf sechs sieben acht neun".split()
 DIGITS = "zero one two three four five six seven eight nine".split()
@@ -368,3 +368,58 @@ def test_a_translation_ends_where_the_positions_do() -> None:
     for decoding in (Greedy(max_length_offset=50), Beam(beam_size=2, max_length_offset=50)):
         (best,) = task.translate(["eins zwei"], decoding)[0]
         assert len(best.tokens) <= 6
+
+
+class Blanks(Counting):
+    """The same with blank lines among the sentences of the test split."""
+
+    def pairs(self, split: str) -> Iterator[tuple[str, str]]:
+        for number, (source, target) in enumerate(super().pairs(split)):
+            if split == "test" and number % 3 == 1:
+                source, target = ("", "   ", "\u3000")[number % 9 // 3], ("", target)[number % 2]
+            yield source, target
+
+
+def test_a_blank_line_is_blank_in_every_verb(tmp_path: Path) -> None:
+    task = make_task(decoding=Greedy(), test_decoding=Beam(beam_size=2))
+    data = TranslationData(Blanks(), 32, tokenizer=Words(), batch_tokens=200, seed=5)
+    data.val_split = "test"
+    trainer = make_trainer(tmp_path, limit_val_batches=None)
+    trainer.test(task, datamodule=data, verbose=False)
+    bleu = float(trainer.callback_metrics["test/bleu"])
+    sources, references = zip(*Blanks().pairs("test"), strict=True)
+    blank = [i for i, source in enumerate(sources) if not source.strip()]
+    assert len(blank) == 11
+    translated = [best.text for best, *_ in task.translate(sources)]
+    tested = {sample.index: sample.hypothesis for sample in task.samples}
+    predictions = trainer.predict(task, datamodule=data)
+    assert predictions is not None
+    predicted = {index: found[0].text for batch in predictions for index, found in batch}
+    assert [tested[i] for i in range(len(sources))] == translated
+    assert [predicted[i] for i in range(len(sources))] == translated
+    assert all(translated[i] == "" for i in blank)
+    assert any(translated)
+    score = sacrebleu.corpus_bleu(translated, [list(references)]).score
+    assert bleu == pytest.approx(score)
+    trainer.validate(task, datamodule=data, verbose=False)
+    validated = {sample.index: sample.hypothesis for sample in task.samples}
+    greedy = [best.text for best, *_ in task.translate(sources, Greedy())]
+    assert [validated[i] for i in range(len(sources))] == greedy
+
+
+def test_a_batch_of_blank_lines_is_blank(tmp_path: Path) -> None:
+    task, data = make_task(), make_data()
+    data.prepare_data()
+    task.attach(data.tokenizers)
+    assert [best.text for best, *_ in task.translate(["", " ", "\t"])] == ["", "", ""]
+    assert task.translate([]) == []
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+def test_a_row_of_samples_is_scored_as_the_corpus_is(lowercase: bool, tmp_path: Path) -> None:
+    task = make_task(lowercase_scores=lowercase)
+    task.samples = [Sample("q", "One Two Three Four", "one two three four", 0)]
+    (row,) = task.sample_rows(1)
+    task.val_scores.bleu.update(["one two three four"], ["One Two Three Four"])
+    assert row["bleu"] == round(float(task.val_scores.bleu.compute()), 2)
+    assert row["bleu"] == (100 if lowercase else 0)

@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tx_lightning.tasks.companions import number_steps
+
 
 class DueValidation(Callback):
     """When a run is resumed, does first the validation that the interrupted run had left to do.
@@ -11,9 +13,6 @@ class DueValidation(Callback):
     A checkpoint that is saved after an optimizer step may stand before a validation that is due
     there. Lightning takes that validation as done, so that its scores would be missing.
     """
-
-    def __init__(self) -> None:
-        self._resumed = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loop = trainer.fit_loop
@@ -25,17 +24,11 @@ class DueValidation(Callback):
                 run()
                 return
             loop.setup_data()
-            self._resumed = True
             if validation_is_due(trainer):
                 validate(trainer)
             run()
 
         vars(loop)["run"] = catch_up_and_run
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if self._resumed:  # the loggers' count of steps, which Lightning restores off by one
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            self._resumed = False
 
 
 def validation_is_due(trainer: Trainer) -> bool:
@@ -50,6 +43,7 @@ def validate(trainer: Trainer) -> None:
     """Validate as the training loop does."""
     validation = trainer.fit_loop.epoch_loop.val_loop
     validation.restarting = False
+    number_steps(trainer, trainer.global_step)
     trainer.validating = True
     validation.run()
     trainer.training = True

@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tx_lightning.tasks.resuming import FROM_CONFIGURATION
+
 Rates = list[list[float]]  # per optimizer, per parameter group
 
 
@@ -32,6 +34,7 @@ class LRWarmup(Callback):
             )
         self.warmup_steps = warmup_steps
         self._scheduled: Rates | None = None  # the schedule's rates while the optimizer's are less
+        self._rates_replaced = False  # in the checkpoint that training resumes from
 
     def factor(self, step: int) -> float:
         """Return what the rate of an optimizer step, counted from 1, is multiplied by."""
@@ -70,8 +73,13 @@ class LRWarmup(Callback):
         """Return the schedule's rates, which the checkpoint's optimizer does not hold."""
         return {"scheduled": self._scheduled}
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._rates_replaced = checkpoint.get(FROM_CONFIGURATION, False)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._scheduled = state_dict["scheduled"]
+        self._scheduled = None if self._rates_replaced else state_dict["scheduled"]
 
     def _warm(self, trainer: Trainer) -> bool:
         """Lower the rates for the next optimizer step; return whether it is one of the warmup."""

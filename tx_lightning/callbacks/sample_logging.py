@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tx_lightning.decoding import NotFinite
 from tx_lightning.tasks.task import Row, Task
 
 
@@ -51,7 +52,12 @@ class SampleLogger(Callback):
         assert isinstance(pl_module, Task)
         if not trainer.is_global_zero:
             return
-        rows = pl_module.sample_rows(self.n)
+        try:
+            rows = pl_module.sample_rows(self.n)
+        except NotFinite:
+            if pl_module.stop_when_diverged:
+                raise
+            return
         if not rows:
             return
         step = trainer.global_step

@@ -23,7 +23,11 @@ B_co = TypeVar("B_co", bound="Batch", covariant=True)
 
 
 class Batch(ABC):
-    """What every batch tells about itself; a subclass is a frozen dataclass of tensors and numbers.
+    """What every batch tells about itself; a subclass is a dataclass of tensors and numbers.
+
+    The numbers are known where the batch is made, so that no step has to wait for a device to
+    learn them. Treat a batch as immutable; it is not frozen because Lightning refuses to convert
+    the tensors of frozen dataclasses.
 
     Attributes:
         indices: What names each row in its split.
@@ -55,6 +59,11 @@ class Batch(ABC):
     def read_tokens(self) -> int:
         """Tokens that are read besides, by an encoder; without padding."""
         return 0
+
+    @property
+    @abstractmethod
+    def padded(self) -> bool:
+        """Whether a row that an encoder reads has padding."""
 
     @property
     def rows(self) -> int:
@@ -93,6 +102,22 @@ class RowIds(NamedTuple):
     eos: int
 
 
+def real_places(lengths: Sequence[int], width: int) -> Tensor:
+    """The places of tokens in a padded table, for `index_select` on its flattened rows.
+
+    A boolean mask would do as well, but a GPU makes the host wait to learn how many are selected.
+
+    Args:
+        lengths: Tokens of each of B rows, which stand at the left.
+        width: T, the width of the table.
+
+    Returns:
+        (N,) int64, places in B x T.
+    """
+    there = np.arange(width) < np.asarray(lengths, dtype=np.int64)[:, None]
+    return torch.from_numpy(np.flatnonzero(there))
+
+
 OWN_IDS = RowIds(PAD, BOS, EOS)  # those of a tokenizer trained here
 
 
@@ -101,7 +126,7 @@ def row_ids(tokenizer: Tokenizer) -> RowIds:
     return RowIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TranslationBatch(Batch):
     """Padded token ids of some sentence pairs, with what a task has to know about them.
 
@@ -109,6 +134,7 @@ class TranslationBatch(Batch):
         source: (B, S) int64: tokens, EOS, then PAD.
         target: (B, T + 1) int64: BOS, tokens, EOS, then PAD. The decoder reads `target[:, :-1]` and
             learns `target[:, 1:]`; the row of a share that is not real has nothing but PAD there.
+        places: (N,) int64, the places of target tokens in the flattened `target[:, 1:]`.
         indices: Position of each row in the store of its split.
         source_text: The untouched source sentences; empty in training.
         target_text: The untouched target sentences; empty in training.
@@ -121,6 +147,7 @@ class TranslationBatch(Batch):
 
     source: Tensor
     target: Tensor
+    places: Tensor
     indices: list[int]
     source_text: list[str]
     target_text: list[str]
@@ -140,6 +167,10 @@ class TranslationBatch(Batch):
     @property
     def read_tokens(self) -> int:
         return self.source_tokens
+
+    @property
+    def padded(self) -> bool:
+        return self.source_tokens < self.source.numel()
 
     @property
     def positions(self) -> int:
@@ -171,21 +202,49 @@ class PairBatches(Dataset[TranslationBatch]):
     def __getitems__(self, share: Share) -> TranslationBatch:
         indices = share.indices.tolist()
         source = [self.store.source(i) for i in indices]
-        target = [self.store.target(i) for i in indices] if share.real else []
-        bos, pad = self.target_ids.bos, self.target_ids.pad
-        return TranslationBatch(
-            source=padded(source, self.source_ids),
-            target=padded(target, self.target_ids, start=True)
-            if share.real
-            else torch.tensor([[bos, pad]]),
-            indices=indices,
-            source_text=[self.store.source_text(i) for i in indices] if self.with_text else [],
-            target_text=[self.store.target_text(i) for i in indices] if self.with_text else [],
-            step_tokens=share.step_tokens,
-            parts=share.parts,
-            source_tokens=sum(map(len, source)) + len(source) if share.real else 0,
-            target_tokens=sum(map(len, target)) + len(target),
-        )
+        target = [self.store.target(i) for i in indices] if share.real else None
+        source_text = [self.store.source_text(i) for i in indices] if self.with_text else []
+        target_text = [self.store.target_text(i) for i in indices] if self.with_text else []
+        ids = self.source_ids, self.target_ids
+        return pair_batch(share, source, target, ids, (source_text, target_text))
+
+
+def pair_batch(
+    share: Share,
+    source: Sequence[npt.NDArray[Any]],
+    target: Sequence[npt.NDArray[Any]] | None,
+    ids: tuple[RowIds, RowIds],
+    texts: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> TranslationBatch:
+    """Pad the rows of a share.
+
+    Args:
+        share: What is computed at once.
+        source: Source tokens of each row, without EOS.
+        target: Target tokens of each row, without BOS and EOS; None where the share is not real.
+        ids: The special ids of both sides.
+        texts: The untouched source and target sentences.
+    """
+    source_ids, target_ids = ids
+    read = padded(source, source_ids)
+    if target is None:
+        written = torch.tensor([[target_ids.bos, target_ids.pad]])
+        lengths = []
+    else:
+        written = padded(target, target_ids, start=True)
+        lengths = [len(row) + 1 for row in target]
+    return TranslationBatch(
+        source=read,
+        target=written,
+        places=real_places(lengths, written.shape[1] - 1),
+        indices=share.indices.tolist(),
+        source_text=list(texts[0]),
+        target_text=list(texts[1]),
+        step_tokens=share.step_tokens,
+        parts=share.parts,
+        source_tokens=sum(map(len, source)) + len(source) if share.real else 0,
+        target_tokens=sum(lengths),
+    )
 
 
 def padded(

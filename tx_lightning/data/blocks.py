@@ -25,13 +25,14 @@ from tx_lightning.data.store import Slices
 IGNORED = -1  # where nothing is predicted
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockBatch(Batch):
     """Blocks of a stream.
 
     Args:
         ids: (B, L) int64, what the network reads.
         targets: (B, L) int64, the token that follows each; IGNORED where nothing is predicted.
+        places: (N,) int64, where something is predicted in the flattened targets.
         indices: In training where each block starts in the stream, in evaluation its number.
         step_tokens: Predicted tokens of the whole optimizer step.
         parts: Batches that make up the optimizer step, over all ranks.
@@ -41,6 +42,7 @@ class BlockBatch(Batch):
 
     ids: Tensor
     targets: Tensor
+    places: Tensor
     indices: list[int]
     step_tokens: int
     parts: int
@@ -54,6 +56,10 @@ class BlockBatch(Batch):
     @property
     def tokens(self) -> int:
         return self.predicted
+
+    @property
+    def padded(self) -> bool:
+        return False
 
     @property
     def positions(self) -> int:
@@ -140,6 +146,7 @@ class BlockBatches(Dataset[BlockBatch]):
         return BlockBatch(
             torch.from_numpy(ids[:, :-1]),
             torch.from_numpy(targets),
+            torch.from_numpy(np.flatnonzero(targets != IGNORED)),
             chosen.tolist(),
             predicted,
             1,
@@ -155,7 +162,10 @@ class BlockBatches(Dataset[BlockBatch]):
         whole = torch.from_numpy(ids)
         targets = whole[:, 1:] if share.real else torch.full_like(whole[:, 1:], IGNORED)
         predicted = targets.numel() if share.real else 0
-        return BlockBatch(whole[:, :-1], targets, starts, share.step_tokens, share.parts, predicted)
+        places = torch.arange(predicted)
+        return BlockBatch(
+            whole[:, :-1], targets, places, starts, share.step_tokens, share.parts, predicted
+        )
 
     def _tokens(self, start: int, end: int) -> npt.NDArray[Any]:
         """The stream from start to end; an end token stands before its beginning."""

@@ -38,7 +38,7 @@ TEXTS = ("text", "second")
 LABEL = "label"
 
 
-@dataclass(frozen=True)
+@dataclass
 class ClassificationBatch(Batch):
     """Texts, or pairs of texts, with a label each.
 
@@ -71,6 +71,10 @@ class ClassificationBatch(Batch):
     @property
     def tokens(self) -> int:
         return self.n_tokens
+
+    @property
+    def padded(self) -> bool:
+        return self.n_tokens < self.ids.numel()
 
     @property
     def positions(self) -> int:

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch.utils.data import Dataset
 
-from tx_lightning.data.batches import RowIds, TranslationBatch, padded, row_ids
+from tx_lightning.data.batches import RowIds, TranslationBatch, pair_batch, row_ids
 from tx_lightning.data.errors import DataError
 from tx_lightning.data.masking import mask_id
 from tx_lightning.data.sampler import ShardSampler, Share, TokenBatchSampler
@@ -242,23 +241,10 @@ class NoisySegments(Dataset[TranslationBatch]):
         return len(self.segments)
 
     def __getitems__(self, share: Share) -> TranslationBatch:
-        indices = share.indices.tolist()
-        rows = [self.noisy(index, share.epoch) for index in indices]
+        rows = [self.noisy(index, share.epoch) for index in share.indices.tolist()]
         source = [row.source for row in rows]
-        target = [row.target for row in rows] if share.real else []
-        return TranslationBatch(
-            source=padded(source, self.ids),
-            target=padded(target, self.ids, start=True)
-            if share.real
-            else torch.tensor([[self.ids.bos, self.ids.pad]]),
-            indices=indices,
-            source_text=[],
-            target_text=[],
-            step_tokens=share.step_tokens,
-            parts=share.parts,
-            source_tokens=sum(map(len, source)) + len(source) if share.real else 0,
-            target_tokens=sum(map(len, target)) + len(target),
-        )
+        target = [row.target for row in rows] if share.real else None
+        return pair_batch(share, source, target, (self.ids, self.ids))
 
     def noisy(self, index: int, epoch: int) -> Denoise:
         """A segment as it is damaged in an epoch."""

@@ -115,6 +115,8 @@ class ResumableLoader(BatchLoader[B]):
         sampler, progress = self.batch_sampler, self._progress()
         sampler.set_epoch(state["epoch"])
         position = sampler.start = state["steps"] * sampler.accumulate
+        if self._saved_after_training(state["epoch"]) and self._begin_next_epoch(position):
+            return
         if position == progress.current.processed:
             return
         # Stopped within a step, which is taken from its start, as if the checkpoint stood after the
@@ -125,6 +127,33 @@ class ResumableLoader(BatchLoader[B]):
         for done, count in ((progress.current, position), (progress.total, everything)):
             done.ready = done.started = done.processed = count
             done.completed = count if ended else count - 1
+
+    def _saved_after_training(self, epoch: int) -> bool:
+        """Whether the checkpoint was saved when `fit` had returned.
+
+        Lightning then counts the last epoch as done, also one in whose middle `max_steps` ended
+        training, but keeps the position in it: it would go on in the next epoch at that position.
+        """
+        done: Any = self._trainer.fit_loop.epoch_progress.current
+        return int(done.completed) > epoch
+
+    def _begin_next_epoch(self, position: int) -> bool:
+        """Begin the epoch after a position at the end of one, or go on with the one it is in."""
+        loop, progress = self._trainer.fit_loop, self._progress()
+        if position < self._batches_of_an_epoch():
+            epochs: Any = (loop.epoch_progress.current, loop.epoch_progress.total)
+            for done in epochs:
+                done.processed = done.completed = self.batch_sampler.epoch
+            loop.update_restart_stage()
+            return False
+        progress.current.reset()
+        self.batch_sampler.set_epoch(self.batch_sampler.epoch + 1)
+        return True
+
+    def _batches_of_an_epoch(self) -> int:
+        """Micro-batches after which the trainer ends an epoch."""
+        limit, n_batches = self._trainer.limit_train_batches, len(self)
+        return int(n_batches * limit) if isinstance(limit, float) else min(n_batches, limit)
 
     def _progress(self) -> Any:
         """The trainer's counts of micro-batches: `current` of this epoch, `total` of all."""

@@ -21,13 +21,14 @@ from tx_lightning.data.text_sources import TextSource
 from tx_lightning.data.tokenizers import ByteLevelBPE, TokenizerTrainer
 
 
-@dataclass(frozen=True)
+@dataclass
 class MaskedBatch(Batch):
     """Segments with some tokens hidden.
 
     Args:
         ids: (B, T) int64: BOS, tokens, EOS, then PAD; what the network reads.
         targets: (B, T) int64, the token that was chosen at a place; IGNORED where none was.
+        places: (K,) int64, the places of chosen tokens in the flattened targets.
         indices: Position of each segment in its split.
         step_tokens: Chosen tokens of the whole optimizer step.
         parts: Batches that make up the optimizer step, over all ranks.
@@ -37,6 +38,7 @@ class MaskedBatch(Batch):
 
     ids: Tensor
     targets: Tensor
+    places: Tensor
     indices: list[int]
     step_tokens: int
     parts: int
@@ -50,6 +52,10 @@ class MaskedBatch(Batch):
     @property
     def tokens(self) -> int:
         return self.read
+
+    @property
+    def padded(self) -> bool:
+        return self.read < self.ids.numel()
 
     @property
     def positions(self) -> int:
@@ -98,6 +104,7 @@ class MaskedSegments(Dataset[MaskedBatch]):
         return MaskedBatch(
             torch.from_numpy(ids),
             torch.from_numpy(targets),
+            torch.from_numpy(np.flatnonzero(targets != IGNORED)),
             indices,
             share.step_tokens,
             share.parts,

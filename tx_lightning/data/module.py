@@ -118,7 +118,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         self.seed = seed
         self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
         self.given_tokenizers: Tokenizers | None = None
-        self._planned: tuple[tuple[S, Place], StepSampler] | None = None
+        self._planned: tuple[tuple[S, Place, int], StepSampler] | None = None
         self.statistics: dict[str, int | float | str] = {}
 
     # What a task's data decide.
@@ -189,7 +189,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         stage = None if self.trainer is None else self.trainer.state.fn
         splits = self._splits(None if stage is None else stage.value)
         for split in [self.train_split, *splits]:
-            self.source.check_split(split)
+            self._check_split(split, stage)
         if self.given_tokenizers is None:
             build_once(self._tokenizers_folder(), self._train_tokenizers)
         self.tokenizers = self._load_tokenizers()
@@ -202,6 +202,16 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         if self.predict_file is not None and stage in (None, TrainerFn.PREDICTING):
             lines = (self.predict_record(line) for line in read_lines(self.predict_file))
             build_once(self._predict_folder(), lambda folder: self.write(folder, None, lines))
+
+    def _check_split(self, split: str, stage: TrainerFn | None) -> None:
+        try:
+            self.source.check_split(split)
+        except DataError as error:
+            if stage is not TrainerFn.FITTING or split != self.val_split:
+                raise
+            raise DataError(
+                f"{error}; to train without validation, set trainer.limit_val_batches to 0"
+            ) from error
 
     def setup(self, stage: str | None = None) -> None:
         """Open what `prepare_data` made.
@@ -270,7 +280,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     def _planned_sampler(self) -> StepSampler:
         """The sampler of this rank, made once, since planning takes time."""
-        key = (self.train_store, self.place())
+        key = (self.train_store, self.place(), self.batch_tokens)
         if self._planned is None or self._planned[0] != key:
             self._planned = key, self.train_sampler()
         return self._planned[1]
@@ -314,6 +324,8 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     def _splits(self, stage: str | None) -> list[str]:
         """The splits a stage of Lightning reads; without a stage all that there are."""
+        if stage == "fit" and not self._needs_validation():
+            return [self.train_split]
         wanted = {
             "fit": [self.train_split, self.val_split],
             "validate": [self.val_split],
@@ -325,6 +337,15 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         exist = self.source.splits()
         named = (self.train_split, self.val_split, self.test_split)
         return [split for split in dict.fromkeys(named) if split in exist]
+
+    def _needs_validation(self) -> bool:
+        """Whether training has validations, or the source has a split whose examples can be shown.
+
+        A trainer without validations trains on a source without such a split.
+        """
+        if self.val_split in self.source.splits():
+            return True
+        return self.trainer is None or self.trainer.limit_val_batches != 0
 
     def _tokenizers_folder(self) -> Path:
         key = {

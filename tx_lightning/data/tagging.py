@@ -42,7 +42,7 @@ WORDS, TAGS, TAGGED = "words", "tags", "tagged"
 _BETWEEN = "\n"  # words, and tags, of a record; no source has it in a word
 
 
-@dataclass(frozen=True)
+@dataclass
 class TaggingBatch(Batch):
     """Sentences with a tag for each word.
 
@@ -50,6 +50,7 @@ class TaggingBatch(Batch):
         ids: (B, T) int64: BOS, the tokens of all words, EOS, then PAD.
         labels: (B, T) int64: the tag of a word at its first token, IGNORED everywhere else, and all
             over the row of a share that is not real.
+        places: (N,) int64, the places of tagged words in the flattened labels.
         indices: Position of each row in the store of its split.
         words: The untouched words of each row; empty in training.
         step_tokens: Tagged words of the whole optimizer step.
@@ -60,6 +61,7 @@ class TaggingBatch(Batch):
 
     ids: Tensor
     labels: Tensor
+    places: Tensor
     indices: list[int]
     words: list[list[str]]
     step_tokens: int
@@ -74,6 +76,10 @@ class TaggingBatch(Batch):
     @property
     def tokens(self) -> int:
         return self.n_tokens
+
+    @property
+    def padded(self) -> bool:
+        return self.n_tokens < self.ids.numel()
 
     @property
     def positions(self) -> int:
@@ -107,14 +113,16 @@ class TaggingBatches(Dataset[TaggingBatch]):
                 marks = self.store.ids(TAGS, i).astype(np.int64)
                 line[1 : len(marks) + 1] = torch.from_numpy(marks) - 1  # IGNORED where there is 0
         words = [words_of(self.store.text(WORDS, i)) for i in indices] if self.with_text else []
+        places = (labels != IGNORED).flatten().nonzero()[:, 0]
         return TaggingBatch(
             ids=ids,
             labels=labels,
+            places=places,
             indices=indices,
             words=words,
             step_tokens=share.step_tokens,
             parts=share.parts,
-            labelled=int((labels != IGNORED).sum()),
+            labelled=len(places),
             n_tokens=sum(len(row) + 2 for row in rows) if share.real else 0,
         )
 

@@ -4,7 +4,14 @@ from tx_lightning.decoding.beam import Beam
 from tx_lightning.decoding.filters import BeginWith, Filter, MinLength, NoRepeatNgram
 from tx_lightning.decoding.greedy import Greedy
 from tx_lightning.decoding.sampling import Sampling
-from tx_lightning.decoding.search import Decoding, DecodingState, Hypothesis, Prefill, Step
+from tx_lightning.decoding.search import (
+    Decoding,
+    DecodingState,
+    Hypothesis,
+    NotFinite,
+    Prefill,
+    Step,
+)
 
 __all__ = [
     "Beam",
@@ -16,6 +23,7 @@ __all__ = [
     "Hypothesis",
     "MinLength",
     "NoRepeatNgram",
+    "NotFinite",
     "Prefill",
     "Sampling",
     "Step",

@@ -20,6 +20,10 @@ from torch.nn import functional as F
 from tx_lightning.decoding.filters import Filter, ban, force
 
 
+class NotFinite(ValueError):
+    """No token has a finite log probability: the weights of the network are most likely NaN."""
+
+
 class DecodingState(Protocol):
     """What a model remembers of the rows being decoded, beginning with one row per sentence."""
 
@@ -314,7 +318,7 @@ def survivors(alive: Tensor, sound: Tensor) -> Tensor:
     """
     alive, sound = torch.stack((alive, sound)).cpu()
     if not sound.all():
-        raise ValueError(
+        raise NotFinite(
             "logits: a hypothesis has no continuation with a finite log probability; "
             "the weights have most likely diverged (look for nan in them and in train/loss)"
         )

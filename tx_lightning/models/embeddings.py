@@ -5,6 +5,7 @@ Shapes: B batch, T length, D d_model, V vocabulary.
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from tx_lightning.nn.dropout import Dropout
@@ -21,6 +22,24 @@ def token_table(
     if pad_id is not None:
         nn.init.zeros_(table.weight[pad_id])
     return table
+
+
+def pad_with(table: nn.Embedding, pad_id: int) -> None:
+    """Make another row of a table that of padding.
+
+    In a table whose weights are still those of `token_table`, the two rows change places; trained
+    weights stay as they are.
+
+    Args:
+        table: Has a row of padding.
+        pad_id: The id of padding from now on.
+    """
+    with torch.no_grad():
+        before = table.padding_idx
+        if before is not None and not table.weight[before].any():
+            table.weight[before] = table.weight[pad_id]
+            table.weight[pad_id] = 0
+    table.padding_idx = pad_id
 
 
 class Embedding(nn.Module):

@@ -8,7 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from tx_lightning.models.embeddings import Embedding, token_table
+from tx_lightning.models.embeddings import Embedding, pad_with, token_table
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
 from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, LayeredNetwork, NormFactory
@@ -150,7 +150,7 @@ class EncoderDecoder(LayeredNetwork):
             it; null for none.
         tie_output: The output projection is the target embedding table.
         output_bias: Whether the logits have a bias, as those of BART and Marian have.
-        pad_id: The id of padding.
+        pad_id: The id of padding. It follows from the tokenizer and can be left out.
     """
 
     def __init__(
@@ -260,6 +260,12 @@ class EncoderDecoder(LayeredNetwork):
     def output_bias(self) -> Tensor | None:
         """What is added to the logits, (V,), where they have a bias."""
         return self.output.bias
+
+    def use_pad_id(self, pad_id: int) -> None:
+        """Take another id for padding."""
+        for table in {self.source_embedding.tokens, self.target_embedding.tokens}:
+            pad_with(table, pad_id)
+        self.pad_id = pad_id
 
     def encode(self, source: Tensor, *, padded: bool = True) -> Memory:
         """Encode source ids (B, S), padded at the right; `padded` as in `forward`."""

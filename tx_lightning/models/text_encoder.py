@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from tx_lightning.models.embeddings import Embedding, positions_for, token_table
+from tx_lightning.models.embeddings import Embedding, pad_with, positions_for, token_table
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
 from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
 from tx_lightning.nn.masks import combine, padding_mask
@@ -54,7 +54,7 @@ class TextEncoder(LayeredNetwork):
         feed_forward: `GELUFeedForward`, `ReLUFeedForward`, `SwishFeedForward` or
             `SwiGLUFeedForward`.
         n_segments: Kinds of segments, such as first and second sentence; 0 for none.
-        pad_id: The id of padding.
+        pad_id: The id of padding. It follows from the tokenizer and can be left out.
         init_std: Standard deviation of the initial weights. BERT's 0.02 suits its width of 768; a
             narrower network learns much faster from 0.02 sqrt(768 / d_model), which keeps the
             variance of what a matrix returns.
@@ -143,6 +143,11 @@ class TextEncoder(LayeredNetwork):
         for layer in self.layers:
             x = layer(x, mask=mask, score_bias=score_bias, positions=self.positions)
         return self.final_norm(x)
+
+    def use_pad_id(self, pad_id: int) -> None:
+        """Take another id for padding."""
+        pad_with(self.embedding.tokens, pad_id)
+        self.pad_id = pad_id
 
     @property
     def d_model(self) -> int:

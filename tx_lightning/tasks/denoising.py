@@ -4,35 +4,25 @@ Shapes: B rows, S source length, T target length, D d_model, N target tokens of 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
 from tx_lightning.data.batches import TranslationBatch
 from tx_lightning.data.denoising import DenoisingData
-from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.decoding import Greedy
-from tx_lightning.losses import TokenLoss, linear_cross_entropy
-from tx_lightning.metrics import TokenMean
 from tx_lightning.models import EncoderDecoder
-from tx_lightning.tasks.guesses import best_tokens, gap_names, marked_text, shown_tokens
-from tx_lightning.tasks.task import Labels, Row, Task, fused_adamw
+from tx_lightning.tasks.guesses import gap_names, marked_text, shown_tokens
+from tx_lightning.tasks.reconstruction import Reconstruction
+from tx_lightning.tasks.search import search
+from tx_lightning.tasks.steps import selected
+from tx_lightning.tasks.task import Labels, Row, fused_adamw
 
 NetworkFactory = Callable[[int], EncoderDecoder]
 
 
-class _Scores(nn.Module):
-    """The metrics of one evaluation: sums over target tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nll = TokenMean()
-        self.accuracy = TokenMean()
-
-
-class Denoising(Task[TranslationBatch]):
+class Denoising(Reconstruction[TranslationBatch]):
     """Trains an `EncoderDecoder` on damaged texts; logs loss, perplexity and accuracy of tokens.
 
     What is damaged is said by data.noise: `SpanCorruption` is T5's (Raffel et al. 2020),
@@ -69,23 +59,7 @@ class Denoising(Task[TranslationBatch]):
             layer_decay=layer_decay,
             freeze=freeze,
         )
-        self.val_scores = _Scores()
-        self.test_scores = _Scores()
-        self._split: Literal["val", "test"] = "val"  # of the last evaluation
-
-    def attach(self, tokenizers: Tokenizers) -> None:
-        """Use these tokenizers.
-
-        Raises:
-            ValueError: When they differ from a checkpoint's, or pad with another id.
-        """
-        pad_id = tokenizers.source.pad_id
-        if pad_id != self.network.pad_id:
-            raise ValueError(
-                f"the network's pad_id is {self.network.pad_id}, but the tokenizer pads with "
-                f"{pad_id}: set pad_id to that"
-            )
-        super().attach(tokenizers)
+        self.start_scores()
 
     def _data(self) -> DenoisingData:
         data: object = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -93,64 +67,17 @@ class Denoising(Task[TranslationBatch]):
             raise ValueError(f"Denoising needs DenoisingData, not {type(data).__name__}")
         return data
 
-    # Training
+    # Training and scores
 
-    def forward(self, batch: TranslationBatch) -> TokenLoss:
-        """Sum the loss over the real target tokens of a batch, by teacher forcing."""
-        return self._loss(*self._hidden(batch))
-
-    def _hidden(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
+    def predicted(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the vectors that target tokens are read off, (N, D), and those tokens, (N,)."""
-        labels = batch.target[:, 1:]  # (B, T)
-        real = labels != self.network.pad_id
         hidden = self.network.hidden(batch.source, batch.target[:, :-1])  # (B, T, D)
-        return hidden[real], labels[real]
+        hidden, labels = selected(batch.places, hidden, batch.target[:, 1:])
+        return hidden, labels
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> TokenLoss:
-        network = self.network
-        return linear_cross_entropy(hidden, network.output_weight, labels, bias=network.output_bias)
-
-    # Validation and test
-
-    def on_validation_epoch_start(self) -> None:
-        """Samples are of the validation split from here on."""
-        self._split = "val"
-
-    def on_test_epoch_start(self) -> None:
-        """Samples are of the test split from here on."""
-        self._split = "test"
-
-    def validation_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Add a batch to the validation scores."""
-        self._score(batch, self.val_scores)
-
-    def test_step(self, batch: TranslationBatch, batch_idx: int) -> None:
-        """Add a batch to the test scores."""
-        self._score(batch, self.test_scores)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log val/loss, val/nll, val/perplexity and val/accuracy."""
-        self._log_scores("val", self.val_scores)
-
-    def on_test_epoch_end(self) -> None:
-        """Log test/loss, test/nll, test/perplexity and test/accuracy."""
-        self._log_scores("test", self.test_scores)
-
-    def _score(self, batch: TranslationBatch, scores: _Scores) -> None:
-        hidden, labels = self._hidden(batch)
-        scores.nll.update(self._loss(hidden, labels).nll, batch.target_tokens)
-        best = best_tokens(hidden, self.network.output_weight, self.network.output_bias)
-        scores.accuracy.update((best == labels).sum(), batch.target_tokens)
-
-    def _log_scores(self, split: str, scores: _Scores) -> None:
-        nll = scores.nll.compute()
-        values = {
-            "loss": nll,
-            "nll": nll,
-            "perplexity": nll.exp(),
-            "accuracy": scores.accuracy.compute(),
-        }
-        self.log_scores(split, scores, values)
+    def output(self) -> tuple[Tensor, Tensor | None]:
+        """Return the output projection, (V, D), and its bias, (V,), where it has one."""
+        return self.network.output_weight, self.network.output_bias
 
     # Samples and attention maps
 
@@ -158,20 +85,13 @@ class Denoising(Task[TranslationBatch]):
     def sample_rows(self, n: int) -> list[Row]:
         """The first segments of the split: damaged, what greedy search writes, what it should."""
         data, tokenizer = self._data(), self.tokenizer
-        store = data.val_store if self._split == "val" else data.test_store
+        store = data.val_store if self.evaluated == "val" else data.test_store
         segments = data.evaluation_batches(store)
         training, _ = self.network.training, self.network.eval()
         rows: list[Row] = []
         for index in range(min(n, len(segments))):
             batch = segments.__getitems__(data.example_share(index)).to(self.device)
-            [[best]] = Greedy()(
-                self.network.step,
-                self.network.start(batch.source),
-                torch.tensor([batch.source.shape[1]], device=self.device),
-                bos_id=tokenizer.bos_id,
-                eos_id=tokenizer.eos_id,
-                pad_id=tokenizer.pad_id,
-            )
+            [[best]] = search(self.network, Greedy(), batch.source, tokenizer)
             rows.append(
                 {
                     "corrupted": self._text(batch.source[0, :-1].tolist()),

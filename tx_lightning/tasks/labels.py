@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.blocks import IGNORED
 from tx_lightning.data.errors import listed
@@ -24,7 +23,7 @@ from tx_lightning.tasks.task import Labels, Task, check_label_smoothing
 B = TypeVar("B", bound=Batch)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning refuses those among predictions
 class Answer:
     """A line of a file of predictions.
 
@@ -142,12 +141,9 @@ class LabelTask(Task[B]):
             raise ValueError("this task has no labels yet: attach_labels() or load a checkpoint")
         return self.labels
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put in all that using the weights needs: settings, tokenizers and labels."""
-        tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
-        checkpoint["tx_lightning"] = checkpoint_record(
-            self.settings, tokenizers, labels=self.labels, n_texts=self.n_texts
-        )
+    def record(self) -> dict[str, Any]:
+        """All that using the weights needs: settings, tokenizers and labels."""
+        return {**super().record(), "labels": self.labels, "n_texts": self.n_texts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's tokenizers and labels, or refuse if the data's differ."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from tx_lightning.data.blocks import IGNORED, BlockBatch
+from tx_lightning.data.blocks import BlockBatch
 from tx_lightning.data.language_modeling import LanguageModelingData
 from tx_lightning.decoding import Decoding, Sampling
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
@@ -101,8 +101,8 @@ class LanguageModeling(Task[BlockBatch]):
         hidden = self.network.hidden(batch.ids).flatten(0, 1)  # (B, L, D) -> (B L, D)
         targets = batch.targets.flatten()
         if batch.predicted < len(targets):
-            real = targets != IGNORED
-            hidden, targets = hidden[real], targets[real]
+            hidden = hidden.index_select(0, batch.places)
+            targets = targets.index_select(0, batch.places)
         return linear_cross_entropy(hidden, self.network.output_weight, targets)
 
     # Validation and test

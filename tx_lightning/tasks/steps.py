@@ -1,16 +1,23 @@
-"""What every task does around an optimizer step: parameter groups, randomness, clipping."""
+"""What every task does around an optimizer step: parameter groups, randomness, clipping, logs."""
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from tx_lightning.tasks.companions import AFTER_VALIDATION
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _NO_DECAY = {"weight_decay": 0.0}
@@ -26,6 +33,8 @@ def configure_optimizers(
 ) -> dict[str, Any]:
     """Build the optimizer, weight decay on matrices only, and a schedule stepped every step.
 
+    `ReduceLROnPlateau` is stepped after each validation instead, see `PlateauSteps`.
+
     Args:
         network: Its parameters are trained, but for frozen ones.
         optimizer: Builds the optimizer from parameter groups.
@@ -34,7 +43,8 @@ def configure_optimizers(
             (Howard & Ruder 2018, section 3.2).
 
     Raises:
-        ValueError: When `layer_decay` is not above 0 and at most 1.
+        ValueError: When `layer_decay` is not above 0 and at most 1, or a `ReduceLROnPlateau` for
+            scores that should rise does not say which.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
@@ -57,12 +67,21 @@ def configure_optimizers(
     if scheduler is None:
         return {"optimizer": built}
     schedule = scheduler(built)
+    config: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
     if isinstance(schedule, ReduceLROnPlateau):
-        return {
-            "optimizer": built,
-            "lr_scheduler": {"scheduler": schedule, "interval": "epoch", "monitor": "val/loss"},
-        }
-    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        config |= {"monitor": _monitor(schedule), "frequency": AFTER_VALIDATION}
+    return {"optimizer": built, "lr_scheduler": config}
+
+
+def _monitor(schedule: ReduceLROnPlateau) -> str:
+    if isinstance(schedule, MonitoredPlateau):
+        return schedule.monitor
+    if schedule.mode != "min":
+        raise ValueError(
+            f"torch's ReduceLROnPlateau follows val/loss, which should fall, but mode is "
+            f"{schedule.mode}: use lightning.pytorch.cli.ReduceLROnPlateau, which has a monitor"
+        )
+    return "val/loss"
 
 
 def parameter_depths(network: nn.Module) -> dict[str, int]:
@@ -94,30 +113,70 @@ def seed_batch(trainer: Trainer, batch_idx: int) -> None:
 
 
 def clip_gradients(
-    task: LightningModule, max_norm: float | None, algorithm: str | None
-) -> Tensor | None:
-    """Clip the gradients and return their norm before; valid for fused optimizers and bfloat16.
+    task: LightningModule, optimizer: Optimizer, max_norm: float | None, algorithm: str | None
+) -> Tensor:
+    """Clip the gradients and return their norm before; valid in every precision.
+
+    With float16 gradient scaling, fused optimizers take scaled gradients: these are unscaled first,
+    so that the norm is the true one. It is infinite where float16 overflowed, and the step is then
+    skipped by the scaler.
 
     Args:
         task: Its parameters' gradients are clipped.
+        optimizer: The optimizer that will step.
         max_norm: `trainer.gradient_clip_val`; None only measures.
         algorithm: `trainer.gradient_clip_algorithm`: "norm" (default) or "value".
-
-    Raises:
-        ValueError: With float16 gradient scaling, under which the norm of a fused optimizer's
-            gradients is not the true one.
     """
-    if task.trainer.precision == "16-mixed":
-        raise ValueError(
-            "trainer.precision=16-mixed scales gradients, so that their norm cannot be clipped or "
-            "logged exactly: use bf16-mixed or 32-true"
-        )
+    scaler = gradient_scaler(task.trainer)
+    if scaler is not None and _optimizer_handles_unscaling(optimizer):
+        scaler.unscale_(optimizer)
     parameters = [p for p in task.parameters() if p.grad is not None]
     if algorithm == "value" and max_norm is not None:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         torch.nn.utils.clip_grad_value_(parameters, max_norm)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-    norm = torch.nn.utils.clip_grad_norm_(
-        parameters, float("inf") if max_norm is None else max_norm
-    )
+    else:
+        limit = float("inf") if max_norm is None else max_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def gradient_scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
+    """What scales the loss in `trainer.precision=16-mixed`, None in every other precision."""
+    plugin = trainer.precision_plugin
+    return plugin.scaler if isinstance(plugin, MixedPrecision) else None
+
+
+def scale_gradients(module: nn.Module, factor: float) -> None:
+    """Multiply the gradients of all parameters."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def selected(places: Tensor, *tables: Tensor) -> list[Tensor]:
+    """Select rows of tables without waiting for the device: each (B, T, ...) -> (N, ...).
+
+    Args:
+        places: (N,), places in B x T.
+        tables: Tensors whose first two dimensions are B and T.
+    """
+    return [table.flatten(0, 1).index_select(0, places) for table in tables]
+
+
+def log_metrics(
+    trainer: Trainer, metrics: Mapping[str, float], step: int, *, loggers: bool = True
+) -> None:
+    """Log numbers at once, and let callbacks monitor them.
+
+    `LightningModule.log` costs 0.3 ms a number in every step; this is called on logging steps only.
+
+    Args:
+        trainer: Has the loggers and callbacks.
+        metrics: Numbers by name.
+        step: The optimizer step that they are of.
+        loggers: Whether the loggers are told; they know it already when a run is resumed.
+    """
+    for logger in trainer.loggers if loggers else []:
+        logger.log_metrics(dict(metrics), step=step)
+    held = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+    trainer.callback_metrics.update(held)

@@ -16,6 +16,7 @@ from tx_lightning.data.tagging import TaggingBatch, TaggingData
 from tx_lightning.losses import TokenLoss
 from tx_lightning.models import Tagger
 from tx_lightning.tasks.labels import Answer, LabelScores, LabelTask, check_length, label_loss
+from tx_lightning.tasks.steps import selected
 from tx_lightning.tasks.task import Labels, Row, fused_adamw
 
 NetworkFactory = Callable[[int, int], Tagger]
@@ -125,10 +126,9 @@ class Tagging(LabelTask[TaggingBatch]):
         self._evaluate(batch, self.test_scores)
 
     def _evaluate(self, batch: TaggingBatch, scores: LabelScores) -> None:
-        real = batch.labels != IGNORED  # (B, T)
-        logits, labels = self.network(batch.ids)[real], batch.labels[real]  # (N, C), (N,)
+        logits, labels = selected(batch.places, self.network(batch.ids), batch.labels)
         scores.update(self._loss(logits, labels), logits, labels, batch.labelled)
-        names, sizes = self.require_labels(), real.sum(1).tolist()
+        names, sizes = self.require_labels(), (batch.labels != IGNORED).sum(1).tolist()
         tags, predicted = labels.split(sizes), logits.argmax(-1).split(sizes)
         for words, of_row, found, index in zip(
             batch.words, tags, predicted, batch.indices, strict=True

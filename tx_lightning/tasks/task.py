@@ -7,12 +7,13 @@ A task is a `Task` with a `forward` that sums the loss of a batch, the steps of 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -23,10 +24,26 @@ from torchmetrics import Metric
 from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
+from tx_lightning.errors import ConfigurationError
 from tx_lightning.losses import TokenLoss
 from tx_lightning.nn.layers import LayeredNetwork
 from tx_lightning.sharding import Sharded, gather, scatter, shard
-from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
+from tx_lightning.tasks.companions import (
+    PlateauSteps,
+    StepNumbers,
+    StopWhenDiverged,
+    TrainerSettings,
+    monitored,
+)
+from tx_lightning.tasks.resuming import hold_configuration
+from tx_lightning.tasks.steps import (
+    clip_gradients,
+    configure_optimizers,
+    gradient_scaler,
+    log_metrics,
+    scale_gradients,
+    seed_batch,
+)
 
 B = TypeVar("B", bound=Batch)
 Row = dict[str, str | float]  # of a table of samples: what stands in each column
@@ -36,6 +53,20 @@ Labels = tuple[list[str], list[str]]  # of an attention map: the tokens of its r
 def fused_adamw(parameters: Any) -> AdamW:
     """AdamW (Loshchilov & Hutter 2019), one kernel for all parameters."""
     return AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+
+
+@runtime_checkable
+class Pads(Protocol):
+    """A network, or a part of one, that must know which id is padding.
+
+    Attributes:
+        pad_id: The id; 0 until a tokenizer says otherwise.
+    """
+
+    pad_id: int
+
+    def use_pad_id(self, pad_id: int) -> None:
+        """Take another id for padding."""
 
 
 class Task(LightningModule, Generic[B]):
@@ -54,6 +85,8 @@ class Task(LightningModule, Generic[B]):
     Attributes:
         tokenizers: Those of the data or of the checkpoint; None before either is there.
         settings: The task as a class path with arguments, which the command line sets.
+        stop_when_diverged: Whether training ends when a loss or gradient norm is not finite.
+        logged: The last optimizer step whose metrics were logged, and these.
     """
 
     network: nn.Module
@@ -76,9 +109,14 @@ class Task(LightningModule, Generic[B]):
         self.layer_decay = layer_decay
         self.tokenizers: Tokenizers | None = None
         self.settings: dict[str, Any] | None = None
+        self.stop_when_diverged = True
+        self.logged: tuple[int, dict[str, float]] = (-1, {})
         self._train_sums: Tensor | None = None  # of whole steps since the last row of the log
         self._step_sums: Tensor | None = None  # of this one
+        self._parts_seen = 0  # micro-batches of this step so far
+        self._step_tokens = 0  # that the losses of this step were divided by
         self._grad_norm: Tensor | None = None
+        self._monitored = False  # whether a callback needs the loss or norm of every step
         freeze_parameters(network, freeze)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -118,6 +156,11 @@ class Task(LightningModule, Generic[B]):
                 "the tokenizers of the data differ from those of the checkpoint: use the data and "
                 "tokenizer settings that it was trained with"
             )
+        for tokenizer in (tokenizers.source, tokenizers.target):
+            check_special_ids(tokenizer, self.vocab_size)
+        for name, part in self.network.named_modules():
+            if isinstance(part, Pads):
+                follow_pad_id(f"network.{name}.pad_id".replace("..", "."), part, tokenizers)
         self.tokenizers = tokenizers
 
     def require_tokenizers(self) -> Tokenizers:
@@ -161,10 +204,15 @@ class Task(LightningModule, Generic[B]):
                 "reads; use tx_lightning.sharding.Sharded (experiments/trainer/fsdp.yaml)"
             )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put in all that using the weights needs: settings and tokenizers."""
+    def record(self) -> dict[str, Any]:
+        """All that using the weights needs: settings and tokenizers."""
         tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
-        checkpoint["tx_lightning"] = checkpoint_record(self.settings, tokenizers)
+        return checkpoint_record(self.settings, tokenizers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put in the record, and what is needed to log the same when training is resumed."""
+        checkpoint["tx_lightning"] = self.record()
+        checkpoint["logged"] = self.logged
         if self._train_sums is not None:
             # Added up now, whether or not the run is resumed from here: so it ends the same.
             sums = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum")
@@ -174,13 +222,56 @@ class Task(LightningModule, Generic[B]):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's tokenizers, or refuse if the data's differ."""
         self.attach(Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"]))
-        if self._trainer is not None and "train_sums" in checkpoint:
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        hold_configuration(self, checkpoint)
+        if "train_sums" in checkpoint:
             self._take_train_sums(checkpoint["train_sums"])
+        if "logged" in checkpoint:
+            step, metrics = checkpoint["logged"]
+            self.logged = step, dict(metrics)
 
     def _take_train_sums(self, sums: list[float]) -> None:
         """Go on from the sums over all processes, which the first one has from now on."""
         first, device = self.trainer.is_global_zero, self.trainer.strategy.root_device
         self._train_sums = torch.tensor(sums if first else [0.0, 0.0], device=device)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring what training needs, unless the trainer has it already."""
+        there = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        own = [StepNumbers(), PlateauSteps(), StopWhenDiverged(), TrainerSettings()]
+        return [callback for callback in own if type(callback) not in there]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that the schedule multiplies, where Lightning's `LearningRateFinder`
+        looks for it; setting it changes the rate of the optimizer that training uses.
+
+        Raises:
+            ConfigurationError: When it is set and layers have rates of their own.
+        """
+        group = self._optimizers()[0].param_groups[0]
+        rate: float = group.get("initial_lr", group["lr"])
+        return rate
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        if self.layer_decay is not None:
+            raise ConfigurationError(
+                "LearningRateFinder sets one rate for all layers, but model.layer_decay is "
+                f"{self.layer_decay}: leave out one of them"
+            )
+        for optimizer in self._optimizers():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = rate
+        for config in self.trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            schedule.base_lrs = [rate for _ in schedule.base_lrs]
+
+    def _optimizers(self) -> list[Optimizer]:
+        """Those of the trainer, or new ones where there is none yet."""
+        attached = [] if self._trainer is None else self.trainer.optimizers
+        return list(attached) or [self.configure_optimizers()["optimizer"]]
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule."""
@@ -191,10 +282,16 @@ class Task(LightningModule, Generic[B]):
     # Training.
 
     def on_train_start(self) -> None:
-        """Spare several processes an exchange before each step: no buffer changes in training."""
+        """Spare several processes an exchange before each step: no buffer changes in training.
+
+        Where a callback monitors the loss of training, it finds it after every step.
+        """
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.broadcast_buffers = False
+        self._monitored = any(name.startswith("train/") for name in monitored(self.trainer))
+        step, metrics = self.logged  # of the checkpoint that training resumes from
+        log_metrics(self.trainer, metrics, step, loggers=False)
 
     def on_train_batch_start(self, batch: B, batch_idx: int) -> None:
         """Make this batch's dropout a function of its place in the run."""
@@ -208,11 +305,27 @@ class Task(LightningModule, Generic[B]):
         """
         sums = self(batch)
         if self._step_sums is None or batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._step_sums = torch.zeros(2, device=self.device)
+            # The type is given, because half precision changes the default one.
+            self._step_sums = torch.zeros(2, dtype=sums.loss.dtype, device=self.device)
+            self._parts_seen = 0
         self._step_sums[0] += sums.loss.detach()
         self._step_sums[1] += batch.loss_tokens
+        self._parts_seen += 1
+        self._step_tokens = batch.step_tokens
         loss: Tensor = sums.loss * (batch.parts / batch.step_tokens)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide by the labels that were seen where a step has fewer micro-batches than planned.
+
+        The trainer ends an epoch in the middle of a step when `limit_train_batches` or
+        `overfit_batches` say so.
+        """
+        if self._parts_seen == self.trainer.accumulate_grad_batches or self._step_sums is None:
+            return
+        seen = float(self.trainer.strategy.reduce(self._step_sums[1], reduce_op="sum"))
+        if seen:
+            scale_gradients(self, self._step_tokens / seen)
 
     def configure_gradient_clipping(
         self,
@@ -221,8 +334,11 @@ class Task(LightningModule, Generic[B]):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, and keep the norm for the log."""
-        if gradient_clip_val is not None or self._logs_after(self.trainer.global_step + 1):
-            self._grad_norm = clip_gradients(self, gradient_clip_val, gradient_clip_algorithm)
+        wanted = self._monitored or self._logs_after(self.trainer.global_step + 1)
+        if gradient_clip_val is not None or wanted:
+            self._grad_norm = clip_gradients(
+                self, optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def optimizer_step(
         self,
@@ -241,18 +357,23 @@ class Task(LightningModule, Generic[B]):
             before = self._train_sums
             self._train_sums = self._step_sums if before is None else before + self._step_sums
             self._step_sums = None
-        if not self._logs_after(step) or self._train_sums is None or self._grad_norm is None:
+        logs = self._logs_after(step)
+        if not (logs or self._monitored) or self._train_sums is None or self._grad_norm is None:
             return
         loss, tokens = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum").tolist()
-        self._train_sums = None
         metrics = {"train/loss": loss / max(tokens, 1), "train/grad_norm": float(self._grad_norm)}
-        for logger in self.trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+        log_metrics(self.trainer, metrics, step, loggers=logs)
+        if not logs:
+            return
+        self._train_sums = None
         self.trainer.progress_bar_metrics["train/loss"] = metrics["train/loss"]
+        if gradient_scaler(self.trainer) is not None:
+            del metrics["train/grad_norm"]  # infinite whenever the scaler looks for a scale
+        self.logged = step, metrics
 
     def _logs_after(self, step: int) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step % max(1, every) == 0
+        return every > 0 and step % every == 0
 
     # Evaluation.
 
@@ -288,7 +409,11 @@ class Task(LightningModule, Generic[B]):
             scores: Holds the metrics.
             values: Each score by its name.
         """
-        named = {f"{split}/{name}": value for name, value in values.items()}
+        # On the device, as processes with GPUs exchange nothing else; Apple's have no float64.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        named = {
+            f"{split}/{name}": value.to(dtype).to(self.device) for name, value in values.items()
+        }
         # The metrics have added up all processes; the mean of equal numbers is that number.
         self.log_dict(named, prog_bar=split == "val", sync_dist=True)
         reset_metrics(scores)
@@ -302,6 +427,55 @@ def reset_metrics(scores: nn.Module) -> None:
         for metric in scores.modules():
             if isinstance(metric, Metric):
                 metric.reset()
+
+
+def check_special_ids(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuse a tokenizer with a special id for which the embedding table has no row."""
+    named = {
+        "pad": tokenizer.pad_id,
+        "bos": tokenizer.bos_id,
+        "eos": tokenizer.eos_id,
+        "unk": tokenizer.unk_id,
+        "mask": tokenizer.mask_id,
+    }
+    for name, special in named.items():
+        if special is not None and not 0 <= special < vocab_size:
+            raise ValueError(
+                f"the tokenizer's {name}_id is {special}, but vocab_size is {vocab_size}: raise "
+                "vocab_size, or use the tokenizer that belongs to the weights"
+            )
+
+
+def follow_pad_id(name: str, part: Pads, tokenizers: Tokenizers) -> None:
+    """Have a part of a network pad with the id that its tokenizers pad with.
+
+    Args:
+        name: Of the part's `pad_id`, for the error.
+        part: One that pads with 0, or with the right id.
+        tokenizers: Of the data or of a checkpoint.
+
+    Raises:
+        ValueError: The part was given another id, or no single id will do.
+    """
+    ids = {tokenizers.source.pad_id, tokenizers.target.pad_id}
+    if len(ids) > 1:
+        raise ValueError(
+            f"the source tokenizer pads with {tokenizers.source.pad_id} and the target tokenizer "
+            f"with {tokenizers.target.pad_id}: a network has one pad_id for both"
+        )
+    pad_id = ids.pop()
+    if pad_id in (tokenizers.source.eos_id, tokenizers.target.eos_id):
+        raise ValueError(
+            f"the tokenizer pads with {pad_id}, which also ends its texts: {name} would hide the "
+            "ends of texts; use a tokenizer with a token for padding"
+        )
+    if part.pad_id not in (0, pad_id):
+        raise ValueError(
+            f"{name} is {part.pad_id}, but the tokenizer pads with {pad_id}: leave it out, it "
+            "follows from the tokenizer"
+        )
+    if part.pad_id != pad_id:
+        part.use_pad_id(pad_id)
 
 
 def freeze_parameters(network: nn.Module, patterns: Sequence[str]) -> None:

@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor, nn
 from torch.optim import Adam
 
 from tx_lightning.data.batches import TranslationBatch, padded, row_ids
 from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.data.translation import MOST_TOKENS
-from tx_lightning.decoding import Beam, Decoding, Greedy
+from tx_lightning.decoding import Beam, Decoding, Greedy, NotFinite
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 from tx_lightning.models import EncoderDecoder
+from tx_lightning.tasks.search import search
+from tx_lightning.tasks.steps import selected
 from tx_lightning.tasks.task import Labels, Row, Task, check_label_smoothing
 
 NetworkFactory = Callable[[int], EncoderDecoder]
@@ -30,7 +31,7 @@ def fused_adam(parameters: Any) -> Adam:
     return Adam(parameters, lr=5e-4, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning refuses those among predictions
 class Translated:
     """One hypothesis for a sentence.
 
@@ -153,12 +154,11 @@ class Translation(Task[TranslationBatch]):
     def forward(self, batch: TranslationBatch) -> TokenLoss:
         """Sum the loss over the real target tokens of a batch, by teacher forcing."""
         hidden = self.network.hidden(batch.source, batch.target[:, :-1])  # (B, T, D)
-        labels = batch.target[:, 1:]  # (B, T)
-        real = labels != self.network.pad_id
+        hidden, labels = selected(batch.places, hidden, batch.target[:, 1:])
         return linear_cross_entropy(
-            hidden[real],
+            hidden,
             self.network.output_weight,
-            labels[real],
+            labels,
             self.label_smoothing,
             bias=self.network.output_bias,
         )
@@ -193,7 +193,8 @@ class Translation(Task[TranslationBatch]):
         sums = self(batch)
         scores.loss.update(sums.loss, batch.target_tokens)
         scores.nll.update(sums.nll, batch.target_tokens)
-        hypotheses = [best[0].text for best in self._search(batch.source, decoding, batch.indices)]
+        found = self._decode(batch.source_text, batch.source, decoding, batch.indices)
+        hypotheses = [best.text for best, *_ in found]
         scores.bleu.update(hypotheses, batch.target_text)
         scores.chrf.update(hypotheses, batch.target_text)
         columns = zip(batch.source_text, batch.target_text, hypotheses, batch.indices, strict=True)
@@ -213,13 +214,13 @@ class Translation(Task[TranslationBatch]):
 
     def sample_rows(self, n: int) -> list[Row]:
         """The first sentences of the split with their best hypotheses and sentence BLEU."""
-        bleu = BLEU(effective_order=True)
+        bleu = self.val_scores.bleu
         return [
             {
                 "source": sample.source,
                 "reference": sample.reference,
                 "hypothesis": sample.hypothesis,
-                "bleu": round(bleu.sentence_score(sample.hypothesis, [sample.reference]).score, 2),
+                "bleu": round(bleu.sentence(sample.hypothesis, sample.reference), 2),
             }
             for sample in self.samples[:n]
         ]
@@ -228,7 +229,7 @@ class Translation(Task[TranslationBatch]):
         self, batch: TranslationBatch, batch_idx: int
     ) -> list[tuple[int, list[Translated]]]:
         """Return for each sentence its index and its hypotheses, the best first."""
-        found = self._search(batch.source, self.test_decoding, batch.indices)
+        found = self._decode(batch.source_text, batch.source, self.test_decoding, batch.indices)
         return list(zip(batch.indices, found, strict=True))
 
     # Translation
@@ -258,10 +259,8 @@ class Translation(Task[TranslationBatch]):
         for i, ids in enumerate(sources):
             if len(ids) > MOST_TOKENS:
                 raise TextTooLong(i, len(ids))
-        results = [[Translated("", 0.0, 0.0, [])] for _ in texts]
-        order = sorted(
-            (i for i, text in enumerate(texts) if text.strip()), key=lambda i: -len(sources[i])
-        )
+        results: list[list[Translated]] = [[] for _ in texts]
+        order = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
         training, _ = self.training, self.eval()
         while order:
             rows = max(1, batch_tokens // (len(sources[order[0]]) + 1))
@@ -269,43 +268,47 @@ class Translation(Task[TranslationBatch]):
             rows_of_ids = [sources[i] for i in chosen]
             source = padded(rows_of_ids, row_ids(tokenizers.source)).to(self.device)
             places = [first_index + i for i in chosen]
-            found = self._search(source, decoding or self.test_decoding, places)
+            lines = [texts[i] for i in chosen]
+            found = self._decode(lines, source, decoding or self.test_decoding, places)
             for i, hypotheses in zip(chosen, found, strict=True):
                 results[i] = hypotheses
         self.train(training)
         return results
 
-    def _search(
-        self, source: Tensor, decoding: Decoding, indices: Sequence[int]
+    def _decode(
+        self, texts: Sequence[str], source: Tensor, decoding: Decoding, indices: Sequence[int]
     ) -> list[list[Translated]]:
-        """Decode source ids (B, S), B > 0; for each sentence its hypotheses, the best first.
+        """Decode sentences: for each its hypotheses, the best first; for a blank one a blank one.
 
-        Indices name the sentences, so that what is sampled for one does not depend on the batch.
+        Where training goes on after it diverged, all hypotheses are blank.
+
+        Args:
+            texts: The B sentences.
+            source: (B, S), their ids with EOS, padded.
+            decoding: How to search.
+            indices: Names of the sentences.
         """
         tokenizer = self.require_tokenizers().target
-        lengths = (source != self.network.pad_id).sum(1)
-        state = self.network.start(source)
-        most = self.network.decoder.positions.max_length
-        found = decoding(
-            self.network.step,
-            state,
-            lengths,
-            max_lengths=None if most is None else torch.full_like(lengths, most),
-            indices=indices,
-            vocabulary_size=tokenizer.vocab_size,
-            bos_id=tokenizer.bos_id,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-        )
-        return [
-            [
-                Translated(text, hypothesis.score, hypothesis.log_prob, hypothesis.tokens)
-                for hypothesis, text in zip(
-                    hypotheses, tokenizer.decode_batch([h.tokens for h in hypotheses]), strict=True
-                )
+        written = [i for i, text in enumerate(texts) if text.strip()]
+        results = [[Translated("", 0.0, 0.0, [])] for _ in texts]
+        if len(written) < len(texts):
+            source = source[torch.tensor(written, dtype=torch.int64, device=source.device)]
+        if not written:
+            return results
+        names = [indices[i] for i in written]
+        try:
+            found = search(self.network, decoding, source, tokenizer, names)
+        except NotFinite:
+            if self.stop_when_diverged:
+                raise
+            return results  # training was told to go on whatever comes
+        for i, hypotheses in zip(written, found, strict=True):
+            lines = tokenizer.decode_batch([hypothesis.tokens for hypothesis in hypotheses])
+            results[i] = [
+                Translated(line, hypothesis.score, hypothesis.log_prob, hypothesis.tokens)
+                for line, hypothesis in zip(lines, hypotheses, strict=True)
             ]
-            for hypotheses in found
-        ]
+        return results
 
     # Attention maps
 
