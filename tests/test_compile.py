@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tests.tasks.test_classification as classification
-import tests.tasks.test_denoising_task as denoising
-import tests.tasks.test_language_modeling as language_modeling
-import tests.tasks.test_masked_language_modeling as masked_language_modeling
-import tests.tasks.test_tagging as tagging
-import tests.tasks.test_translation as translation
-import tx_lightning.tasks
-from tests.tasks.test_translation import SaveAt, make_trainer
+from tests.small import MAKERS, make, make_trainer
+from tests.tasks.test_translation import SaveAt
 from tx_lightning.losses import linear_cross_entropy
 from tx_lightning.models import EncoderDecoder, LanguageModel
 from tx_lightning.nn import (
@@ -23,7 +17,6 @@ from tx_lightning.nn import (
     record_attention,
 )
 from tx_lightning.nn.layers import DecoderLayer, EncoderLayer
-from tx_lightning.tasks.task import Task
 
 pytestmark = [  # of what torch's compiler does to torch
     pytest.mark.filterwarnings("ignore:`torch.jit.script.*` is deprecated"),
@@ -165,19 +158,6 @@ def test_compiled_code_has_no_product_of_ours(
 
 # Tasks -------------------------------------------------------------------------------------------
 
-# The task and the data of each kind, as their own tests make them.
-MADE: dict[str, tuple[Callable[[], Task[Any]], Callable[[], Any]]] = {
-    "Translation": (translation.make_task, translation.make_data),
-    "LanguageModeling": (language_modeling.make_task, language_modeling.make_data),
-    "Classification": (classification.make_task, classification.make_data),
-    "Tagging": (tagging.make_task, tagging.make_data),
-    "MaskedLanguageModeling": (
-        masked_language_modeling.make_task,
-        masked_language_modeling.make_data,
-    ),
-    "Denoising": (denoising.make_task, denoising.make_data),
-}
-
 
 class Counting:
     """In the place of `torch.compile`: counts how often each function runs that it compiled."""
@@ -195,31 +175,31 @@ class Counting:
         return run
 
 
-def test_all_tasks_are_here() -> None:
-    assert MADE.keys() == set(tx_lightning.tasks.__all__) - {"Task"}
-
-
-@pytest.mark.parametrize("way", ["torch.compile(task)", "task", "network"])
-@pytest.mark.parametrize("name", MADE)
-def test_the_layers_of_every_task_are_compiled_and_nothing_else(
-    name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_task, make_data = MADE[name]
-    task, compiler = make_task(), Counting()
-    given: Any = task
-    if way == "torch.compile(task)":
-        given = torch.compile(task)
-        given.dynamo_ctx = compiler
-    else:
-        monkeypatch.setattr(torch, "compile", compiler)
-        (task if way == "task" else task.network).compile()
-    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=1, val_check_interval=2)
-    trainer.fit(given, datamodule=make_data())
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_layers_of_every_task_are_compiled_and_nothing_else(name: str, tmp_path: Path) -> None:
+    (task, data), compiler = make(name), Counting()
+    given: Any = torch.compile(task)
+    given.dynamo_ctx = compiler
+    limits = {"limit_val_batches": 1, "val_check_interval": 2}
+    trainer = make_trainer(tmp_path, max_steps=2, **limits)
+    trainer.fit(given, datamodule=data)
     assert "val/loss" in trainer.callback_metrics
     ours = {layer._call_impl for layer in layers(task)}
-    steps = {function for function, runs in compiler.runs.items() if runs}
-    assert steps == ours
+    assert {function for function, runs in compiler.runs.items() if runs} == ours
     assert all(compiler.runs[layer] >= 3 for layer in ours)  # two steps and a validation
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_task_and_its_network_compile_the_layers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("task", "network"):
+        (task, _), compiler = make(name), Counting()
+        monkeypatch.setattr(torch, "compile", compiler)
+        (task if part == "task" else task.network).compile()
+        assert compiler.runs.keys() == {layer._call_impl for layer in layers(task)}
+        compiled = {m for m in task.modules() if m._compiled_call_impl is not None}
+        assert compiled == set(layers(task))
 
 
 def test_checkpoints_of_compiled_runs_are_those_of_any_run(
@@ -229,12 +209,12 @@ def test_checkpoints_of_compiled_runs_are_those_of_any_run(
     monkeypatch.setattr(torch, "compile", Counting())
 
     def fit(steps: int, start: Path | None, *, compiled: bool) -> Path:
-        task = language_modeling.make_task()
+        task, data = make("LanguageModeling")
         if compiled:
             task.network.compile()
         path = tmp_path / f"{steps}-{compiled}.ckpt"
         trainer = make_trainer(tmp_path, max_steps=steps + 1, callbacks=[SaveAt(steps, path)])
-        trainer.fit(task, datamodule=language_modeling.make_data(), ckpt_path=start)
+        trainer.fit(task, datamodule=data, ckpt_path=start)
         return path
 
     whole = fit(4, None, compiled=False)
@@ -245,9 +225,9 @@ def test_checkpoints_of_compiled_runs_are_those_of_any_run(
         assert torch.equal(states[1][key], value), key
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_wrapped_network_is_refused(name: str) -> None:
-    task = MADE[name][0]()
+    task, _ = make(name)
     with pytest.raises(ValueError, match=r"call task\.network\.compile\(\)"):
         setattr(task, "network", torch.compile(task.network))  # noqa: B010
     assert all(not key.startswith("network._orig_mod") for key in task.state_dict())

@@ -1,13 +1,16 @@
 """Where nothing is padded, no mask reaches the kernels, and the result is the same."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.test_size_of_positions import NETWORKS, SCHEMES, STACK, V, build
+from tests.models.test_size_of_positions import NETWORKS, SCHEMES, STACK, V, build, subclasses
+from tests.small import MAKERS, make, make_trainer
+from tx_lightning.data.batches import Batch
 from tx_lightning.models import (
     Classifier,
     EncoderDecoder,
@@ -18,6 +21,7 @@ from tx_lightning.models import (
 from tx_lightning.models.classifier import Pooling, pool
 from tx_lightning.nn import AlibiPositions, MultiHeadAttention, Positions, T5RelativePositions
 from tx_lightning.nn.layers import DecoderLayer, EncoderLayer
+from tx_lightning.tasks.labels import LabelTask
 
 IDS = torch.randint(1, V, (3, 7), generator=torch.Generator().manual_seed(0))
 SEGMENTS = (torch.arange(7) > 3).long().expand(3, -1)
@@ -113,6 +117,51 @@ def test_a_classifier_pools_the_same() -> None:
             V, 2, encoder=lambda v: TextEncoder(v, **STACK, n_layers=1), pooling=pooling
         ).eval()
         assert torch.equal(network(IDS, padded=False), network(IDS))
+
+
+# Tasks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", MAKERS)
+def test_tasks_say_whether_their_batches_are_padded(
+    name: str, padded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches that claim to have no padding, or some, in training, validation and test."""
+    for kind in subclasses(Batch):
+        monkeypatch.setattr(kind, "padded", property(lambda batch: padded))
+    task, data = make(name)
+    spy = Spy(task.network)
+    masked = padded and name != "LanguageModeling"
+    limits = {"limit_val_batches": 1, "limit_test_batches": 1, "val_check_interval": 1}
+    trainer = make_trainer(tmp_path, max_steps=1, **limits)
+    for run in (trainer.fit, trainer.test):
+        run(task, datamodule=data)
+        assert spy.calls
+        assert any(mask is not None for _, mask, _ in spy.calls) is masked
+        spy.calls.clear()
+
+
+def test_text_of_equal_lengths_is_not_masked() -> None:
+    for name, answer, texts in (
+        ("Translation", "translate", ["a b", "c d"]),
+        ("Classification", "classify", ["a b", "c d"]),
+        ("Tagging", "tag", [["a", "b"], ["c", "d"]]),
+    ):
+        task, data = make(name)
+        data.prepare_data()
+        data.setup("fit")
+        task.attach(data.tokenizers)
+        if isinstance(task, LabelTask):
+            labels: Any = data
+            task.attach_labels(labels.labels, 1)
+        spy = Spy(task.network)
+        method: Callable[[Any], Any] = getattr(task, answer)
+        method(texts)
+        assert spy.calls
+        assert all(mask is None for _, mask, _ in spy.calls)
+        method([*texts, texts[0][:1]])
+        assert any(mask is not None for _, mask, _ in spy.calls)
 
 
 # Score biases ------------------------------------------------------------------------------------
