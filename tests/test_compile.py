@@ -231,3 +231,13 @@ def test_a_wrapped_network_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"call task\.network\.compile\(\)"):
         setattr(task, "network", torch.compile(task.network))  # noqa: B010
     assert all(not key.startswith("network._orig_mod") for key in task.state_dict())
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder.layers.0", "output"])
+def test_a_wrapped_part_of_a_network_is_refused(part: str, tmp_path: Path) -> None:
+    task, data = make("Translation")
+    parent, _, name = part.rpartition(".")
+    wrapped: Any = torch.compile(task.network.get_submodule(part))
+    task.network.get_submodule(parent).register_module(name, wrapped)
+    with pytest.raises(ValueError, match=rf"call network\.{part}\.compile\(\) instead"):
+        make_trainer(tmp_path).fit(task, datamodule=data)

@@ -181,7 +181,18 @@ class Task(LightningModule, Generic[B]):
         self.network.compile(*args, **kwargs)
 
     def setup(self, stage: str) -> None:
-        """Take the tokenizers of the data that the trainer was given."""
+        """Take the tokenizers of the data that the trainer was given.
+
+        Raises:
+            ValueError: When they do not suit the network, or a part of it was wrapped by
+                `torch.compile`.
+        """
+        for name, module in self.network.named_modules():
+            if isinstance(module, OptimizedModule):
+                raise ValueError(
+                    f"network.{name} was replaced by torch.compile(...), which renames its weights "
+                    f"in checkpoints: call network.{name}.compile() instead"
+                )
         if self._compiler_ctx is not None and isinstance(self.network, LayeredNetwork):
             # The trainer was given torch.compile(task), and has all steps compiled, with whatever
             # they do to texts and files. The layers are what gains from it.
