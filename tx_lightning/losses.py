@@ -3,6 +3,7 @@
 Shapes: N tokens, D d_model, V vocabulary.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -87,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_b = torch.zeros_like(b, dtype=wide) if needs_grad and b is not None else None
         nll = torch.zeros((), device=hidden.device, dtype=wide)
         all_nll = torch.zeros_like(nll)  # summed over the whole vocabulary
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
             for chunk in range(0, len(targets), rows):
                 part = slice(chunk, chunk + rows)
                 target = targets[part, None]
@@ -128,6 +129,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
