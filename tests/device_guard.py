@@ -128,10 +128,10 @@ class _Calls(TorchFunctionMode):
 
 
 def _moves_to_host(func: Any, args: Any, named: dict[str, Any]) -> bool:
-    target = [*args[1:], *named.values()]
-    return func is Tensor.to and any(
-        isinstance(value, str | torch.device) and str(value) == "cpu" for value in target
-    )
+    """Whether "cpu" is asked for; a `torch.device` may here be that of the batch."""
+    return func is Tensor.to and "cpu" in [
+        value for value in (*args[1:], *named.values()) if isinstance(value, str)
+    ]
 
 
 def _caller(frame: FrameType) -> FrameType:

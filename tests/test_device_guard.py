@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tests.device_guard import DeviceError, device_guard
 from tests.models.test_size_of_positions import NETWORKS, SCHEMES, V, build
+from tx_lightning.decoding import Beam, Decoding, Greedy, Sampling
 from tx_lightning.losses import linear_cross_entropy
 from tx_lightning.models import EncoderDecoder, LanguageModel, MaskedLanguageModel
 from tx_lightning.nn import Positions
@@ -30,7 +31,7 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "numpy": X.numpy,
     "cpu": X.cpu,
     "to cpu": lambda: X.to("cpu"),
-    "to a device": lambda: X.to(device=torch.device("cpu")),
+    "to cpu by name": lambda: X.to(device="cpu"),
     "nonzero": M.nonzero,
     "where": lambda: torch.where(M),
     "masked_select": lambda: X.masked_select(M),
@@ -58,6 +59,7 @@ ACCEPTED: dict[str, Callable[[], Any]] = {
     "new_zeros": lambda: X.new_zeros(3),
     "zeros_like": lambda: torch.zeros_like(X),
     "bfloat16": lambda: X.bfloat16().float(),
+    "to a device": lambda: X.to(X.device),
     "rows": lambda: [row.sum() for row in X.unbind()],
 }
 
@@ -181,3 +183,18 @@ def test_networks_run_on_another_device(scheme: type[Positions], kind: type[nn.M
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.device == parameter.device
+
+
+@pytest.mark.parametrize("strategy", [Greedy(), Beam(beam_size=3), Sampling()])
+@pytest.mark.parametrize("kind", [EncoderDecoder, LanguageModel], ids=lambda kind: kind.__name__)
+def test_a_search_waits_once_a_step(kind: type[nn.Module], strategy: Decoding) -> None:
+    network: Any = build(kind, None).eval()
+    limits = torch.full((3,), 12, device=IDS.device)
+    with (
+        torch.no_grad(),
+        device_guard(allowed_waits=12 + 2) as guard,
+    ):  # limits before, answers after
+        state = network.start(3 if kind is LanguageModel else IDS)
+        found = strategy(network.step, state, max_lengths=limits, eos_id=2)
+    assert max(len(best.tokens) for best, *_ in found) == 12
+    assert len(guard.waits) >= 12

@@ -122,7 +122,7 @@ class Beam(Decoding):
         tokens[:, 0, :shared] = problem.shared_tokens
         log_probs = torch.zeros(n_sentences, 1, dtype=score_dtype(logits), device=device)  # (B, W)
         max_lengths = torch.tensor(problem.max_lengths, device=device)
-        penalties = self._penalties(problem, log_probs.dtype).to(device)
+        penalties = self._penalties(problem, log_probs.dtype)
         last_penalties = penalties.gather(1, max_lengths[:, None])  # (B, 1)
         none = log_probs.new_full((n_sentences, self.n_best), -math.inf)
         finished = Hypotheses(none, none, tokens.expand(-1, self.n_best, -1))
@@ -170,9 +170,10 @@ class Beam(Decoding):
         """Return what a sentence's log probabilities are divided by at each length, (B, L + 1)."""
         longest = max(problem.max_lengths)
         by_length = [length_penalty(n, self.length_penalty) for n in range(longest + 1)]
-        prefixes = torch.tensor([len(prefix) for prefix in problem.prefixes])
-        lengths = (torch.arange(longest + 1) - prefixes[:, None]).clamp(min=0)
-        return torch.tensor(by_length, dtype=dtype)[lengths]
+        device = problem.device
+        prefixes = torch.tensor([len(prefix) for prefix in problem.prefixes], device=device)
+        lengths = (torch.arange(longest + 1, device=device) - prefixes[:, None]).clamp(min=0)
+        return torch.tensor(by_length, dtype=dtype, device=device)[lengths]
 
     def _hypotheses(
         self, results: list[tuple[Tensor, Hypotheses, Hypotheses]], problem: Problem
