@@ -430,6 +430,18 @@ class Task(LightningModule, Generic[B]):
         reset_metrics(scores)
 
 
+def without_padding(ids: Sequence[int], pad_id: int) -> Sequence[int]:
+    """Return the ids of a row up to its padding.
+
+    Only what is at the end is padding: some models use the same id as the start token, which is the
+    first of a row.
+    """
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad_id:
+        end -= 1
+    return ids[:end]
+
+
 def reset_metrics(scores: nn.Module) -> None:
     """Begin all metrics below a module from nothing."""
     # Validation outside of fit runs in inference mode; what is made there could not be added to

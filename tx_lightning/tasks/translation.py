@@ -21,7 +21,7 @@ from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.tasks.search import search
 from tx_lightning.tasks.steps import selected
-from tx_lightning.tasks.task import Labels, Row, Task, check_label_smoothing
+from tx_lightning.tasks.task import Labels, Row, Task, check_label_smoothing, without_padding
 
 NetworkFactory = Callable[[int], EncoderDecoder]
 
@@ -342,7 +342,7 @@ class Translation(Task[TranslationBatch]):
         for source, target in zip(
             batch.source.tolist(), batch.target[:, :-1].tolist(), strict=True
         ):
-            s = tokenizers.source.tokens([i for i in source if i != tokenizers.source.pad_id])
-            t = tokenizers.target.tokens([i for i in target if i != tokenizers.target.pad_id])
+            s = tokenizers.source.tokens(without_padding(source, tokenizers.source.pad_id))
+            t = tokenizers.target.tokens(without_padding(target, tokenizers.target.pad_id))
             labels.append({"encoder.self": (s, s), "decoder.self": (t, t), "cross": (t, s)})
         return inputs, labels
