@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.small import make, make_trainer
 from tx_lightning.callbacks import AttentionLogger, attention_logging
 from tx_lightning.callbacks.attention_logging import entropy
-from tx_lightning.callbacks.attention_pictures import LARGEST, _blocks, _layout, draw
+from tx_lightning.callbacks.attention_pictures import LARGEST, _layout, _pages, draw
 from tx_lightning.callbacks.pictures import save, visible, visible_token
 from tx_lightning.data.tokenizers import SpecialIds, Tokenizer, Tokenizers
 from tx_lightning.data.translation import TranslationData
@@ -304,10 +304,11 @@ def test_pictures_are_at_most_as_large_as_they_may_be(
     rows, columns = ([visible_token(token) for token in side] for side in (rows, columns))
     layout = _layout([f"having read {row}" for row in rows], columns)
     shown: list[tuple[int, int]] = []
-    for layers, heads in _blocks(layout, n_layers, n_heads):
-        assert max(layout.size(len(layers), len(heads))) <= LARGEST
-        shown += [(layer, head) for layer in layers for head in heads]
-    assert sorted(shown) == [(i, j) for i in range(n_layers) for j in range(n_heads)]
+    for page in _pages(layout, n_layers, n_heads):
+        assert len(page[0]) == max(map(len, page))
+        assert max(layout.size(len(page), len(page[0]))) <= LARGEST
+        shown += [place for row in page for place in row]
+    assert shown == [(i, j) for i in range(n_layers) for j in range(n_heads)]
 
 
 def test_many_maps_are_split(tmp_path: Path) -> None:
@@ -319,6 +320,17 @@ def test_many_maps_are_split(tmp_path: Path) -> None:
     assert [texts(figure)[0] for figure in figures] == [f"self ({i} of 6)" for i in range(1, 7)]
     save(figures[0], tmp_path / "0.png")
     assert max(imread(tmp_path / "0.png").shape) <= LARGEST
+
+
+def test_heads_that_do_not_fit_in_a_row_go_to_the_next() -> None:
+    names = [f"token{i}" for i in range(28)]
+    [figure] = draw(torch.rand(1, 8, 28, 28), (names, names), [3], range(8), "self")
+    maps = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in maps] == [f"layer 3, head {j}" for j in range(8)]
+    rows = sorted({round(axes.get_position().y0, 3) for axes in maps}, reverse=True)
+    assert [sum(round(axes.get_position().y0, 3) == y for axes in maps) for y in rows] == [3, 3, 2]
+    labelled = [len(texts(axes)) for axes in maps]
+    assert labelled == [28, 0, 0, 28, 0, 28, 56, 28]  # each row at its left, each column below
 
 
 def test_a_long_sentence_is_cut_in_the_picture_which_says_so() -> None:

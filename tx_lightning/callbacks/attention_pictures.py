@@ -1,9 +1,9 @@
-"""Attention maps as pictures: layers down, heads across, in as many files as they need.
+"""Attention maps as pictures: layers down, heads across, in as many pictures as they need.
 
 Shapes: L layers, H heads, T queries, S keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -44,16 +44,15 @@ class _Layout:
     width: float
     height: float
 
-    def size(self, n_layers: int, n_heads: int) -> tuple[float, float]:
-        """The size of a picture of so many maps."""
+    def size(self, down: int, across: int) -> tuple[float, float]:
+        """The width and height of a picture of so many maps."""
         return (
-            self.left + n_heads * (self.width + _GAP) - _GAP + _RIGHT,
-            self.bottom + n_layers * (self.height + _GAP) - _GAP + _TOP,
+            self.left + across * (self.width + _GAP) - _GAP + _RIGHT,
+            self.bottom + down * (self.height + _GAP) - _GAP + _TOP,
         )
 
-    def fits(self, n_layers: int, n_heads: int) -> bool:
-        """Whether so many maps fit into a picture."""
-        return max(self.size(n_layers, n_heads)) <= LARGEST
+
+Page = list[list[tuple[int, int]]]  # the rows of a picture: of each map the layer and the head
 
 
 def draw(
@@ -68,7 +67,8 @@ def draw(
 ) -> "list[Figure]":
     """Draw the maps of one sentence, a row for each layer and a column for each head.
 
-    A picture is at most 2,000 pixels wide and high; what does not fit is in further ones.
+    A picture is at most 2,000 pixels wide and high. Heads that do not fit into a row go to the
+    next, and what does not fit into a picture to another.
 
     Args:
         weights: (L, H, T, S).
@@ -88,17 +88,17 @@ def draw(
         title = f"{title}, the first {MOST_TOKENS} of {longest} tokens"
     ends = [end for end in ends if end < min(len(rows), len(columns)) - 1]
     layout = _layout(rows, columns)
-    blocks = list(_blocks(layout, len(layers), len(heads)))
+    pages = _pages(layout, len(layers), len(heads))
     figures = []
-    for number, (chosen_layers, chosen_heads) in enumerate(blocks, 1):
-        part = f" ({number} of {len(blocks)})" if len(blocks) > 1 else ""
-        width, height = layout.size(len(chosen_layers), len(chosen_heads))
-        width = max(width, width_of(title + part, _TITLE) + 2 * _PAD)
+    for number, page in enumerate(pages, 1):
+        part = f" ({number} of {len(pages)})" if len(pages) > 1 else ""
+        size = layout.size(len(page), len(page[0]))
+        width, height = max(size[0], width_of(title + part, _TITLE) + 2 * _PAD), size[1]
         figure = new_figure(width, height)
-        for i, layer in enumerate(chosen_layers):
-            for j, head in enumerate(chosen_heads):
+        for i, row in enumerate(page):
+            y = layout.bottom + (len(page) - 1 - i) * (layout.height + _GAP)
+            for j, (layer, head) in enumerate(row):
                 x = layout.left + j * (layout.width + _GAP)
-                y = layout.bottom + (len(chosen_layers) - 1 - i) * (layout.height + _GAP)
                 axes = figure.add_axes(
                     (x / width, y / height, layout.width / width, layout.height / height)
                 )
@@ -107,22 +107,25 @@ def draw(
                 axes.set_title(f"layer {layers[layer]}, head {heads[head]}", fontsize=8, pad=3)
                 axes.set_axis_off()
                 _mark_ends(axes, ends, len(rows))
-                # Texts are drawn in a tenth of the time that ticks take.
-                if j == 0:
-                    for t, row in enumerate(rows):
-                        at = -0.5 - _PAD * len(columns) / layout.width
-                        write(axes, at, t, row, size=_LABEL, ha="right", va="center")
-                if i == len(chosen_layers) - 1:
-                    at = len(rows) - 0.5 + _PAD * len(rows) / layout.height
-                    for s, column in enumerate(columns):
-                        upright = width_of(column, _LABEL) + 3 < layout.width / len(columns)
-                        turn = 0 if upright else 90
-                        write(
-                            axes, s, at, column, size=_LABEL, ha="center", va="top", rotation=turn
-                        )
-        _frame(figure, layout, len(chosen_layers), len(chosen_heads), title + part, bool(ends))
+                lowest = i == len(page) - 1 or j >= len(page[i + 1])
+                _label(axes, rows if j == 0 else [], columns if lowest else [], layout)
+        _frame(figure, layout, size, title + part, marked=bool(ends))
         figures.append(figure)
     return figures
+
+
+def _label(axes: "Axes", rows: Sequence[str], columns: Sequence[str], layout: _Layout) -> None:
+    """Write the tokens beside and below a map; texts are drawn in a tenth of the time of ticks."""
+    (right, left), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    n_columns, n_rows = abs(left - right), abs(top - bottom)
+    for t, row in enumerate(rows):
+        at = -0.5 - _PAD * n_columns / layout.width
+        write(axes, at, t, row, size=_LABEL, ha="right")
+    for s, column in enumerate(columns):
+        at = n_rows - 0.5 + _PAD * n_rows / layout.height
+        upright = width_of(column, _LABEL) + 3 < layout.width / n_columns
+        turn = 0 if upright else 90
+        write(axes, s, at, column, size=_LABEL, ha="center", va="top", rotation=turn)
 
 
 def _layout(rows: Sequence[str], columns: Sequence[str]) -> _Layout:
@@ -135,28 +138,38 @@ def _layout(rows: Sequence[str], columns: Sequence[str]) -> _Layout:
     )
 
 
-def _blocks(layout: _Layout, n_layers: int, n_heads: int) -> Iterator[tuple[range, range]]:
-    """The layers and heads of each picture, about equally many in each."""
-    across = max(n for n in range(1, n_heads + 1) if n == 1 or layout.fits(1, n))
-    down = max(n for n in range(1, n_layers + 1) if n == 1 or layout.fits(n, 1))
-    for layers in _parts(n_layers, down):
-        for heads in _parts(n_heads, across):
-            yield layers, heads
+def _pages(layout: _Layout, n_layers: int, n_heads: int) -> list[Page]:
+    """The maps of each picture, about equally many in each; of a layer all heads, if they fit."""
+    across = max([n for n in range(1, n_heads + 1) if layout.size(1, n)[0] <= LARGEST] or [1])
+    heads = _parts(n_heads, across)
+    n_rows = n_layers * len(heads)
+    down = max([n for n in range(1, n_rows + 1) if layout.size(n, 1)[1] <= LARGEST] or [1])
+    if len(heads) <= down:
+        return [
+            [[(layer, head) for head in part] for layer in layers for part in heads]
+            for layers in _parts(n_layers, down // len(heads))
+        ]
+    return [
+        [[(layer, head) for head in heads[place]] for place in places]
+        for layer in range(n_layers)
+        for places in _parts(len(heads), down)
+    ]
 
 
 def _parts(n: int, most: int) -> list[range]:
+    """0 to n in parts of at most so many, the first of them the largest."""
     n_parts = -(-n // most)
-    bounds = [n * part // n_parts for part in range(n_parts + 1)]
+    bounds = [-(-n * part // n_parts) for part in range(n_parts + 1)]
     return [range(start, end) for start, end in pairwise(bounds)]
 
 
 def _frame(
-    figure: "Figure", layout: _Layout, n_layers: int, n_heads: int, title: str, marked: bool
+    figure: "Figure", layout: _Layout, size: tuple[float, float], title: str, *, marked: bool
 ) -> None:
     """Write what is around the maps: title, names of the axes, colours."""
     from matplotlib.cm import ScalarMappable
 
-    right, top = layout.size(n_layers, n_heads)
+    right, top = size
     width, height = figure.get_size_inches() * figure.dpi
     middle = (layout.left + right - _RIGHT) / 2 / width
     write(figure, _PAD / width, 1 - 14 / height, title, size=_TITLE)
