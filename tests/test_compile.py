@@ -38,7 +38,8 @@ class Compiler:
         self.runs = 0
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        self.graphs.append(graph.code)
+        parts = [part for part in graph.modules() if isinstance(part, torch.fx.GraphModule)]
+        self.graphs.append("".join(part.code for part in parts))
 
         def run(*arguments: Any) -> Any:
             self.runs += 1

@@ -235,6 +235,8 @@ def own(path: Path, **changes: Any) -> EncoderDecoder:
 
 
 HALVES = {"class_path": "tx_lightning.nn.SinusoidalPositions", "init_args": {"layout": "halves"}}
+AS_LARGE_AS_1 = {**HALVES, "init_args": {"layout": "halves", "scale": 1.0}}
+UNSCALED = {"embedding_norm": None, "scale_embeddings": False}
 
 
 @pytest.mark.parametrize(
@@ -243,6 +245,7 @@ HALVES = {"class_path": "tx_lightning.nn.SinusoidalPositions", "init_args": {"la
         ({}, "BartForConditionalGeneration"),
         ({"output_bias": True, "scale_embeddings": False}, "BartForConditionalGeneration"),
         ({"positions": HALVES, "embedding_norm": None}, "MarianMTModel"),
+        ({"positions": AS_LARGE_AS_1, **UNSCALED}, "MarianMTModel"),
         (
             {"positions": HALVES, "embedding_norm": None, "share_embeddings": False},
             "MarianMTModel",
@@ -282,6 +285,10 @@ def test_a_model_trained_here_may_be_a_bart_or_a_marian(
         ({"tie_output": False}, "tie_output is false"),
         ({"share_embeddings": False}, "share_embeddings is false"),
         ({"positions": HALVES}, "embedding_norm is LayerNorm"),
+        (
+            {"positions": HALVES, **UNSCALED},
+            "scale of positions is 0",
+        ),
     ],
 )
 def test_what_neither_has_is_refused(changes: dict[str, Any], line: str, tmp_path: Path) -> None:
