@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 WORK := benchmarks/.work
 BASELINES := $(WORK)/joeynmt/.installed $(WORK)/eole/.installed
 
-.PHONY: demo test test-slow lint format install clean benchmark
+.PHONY: demo test test-random test-slow lint format install clean benchmark
 
 demo: $(INSTALLED)
 	$(BIN)/tx-lightning fit --config experiments/quickstart/translation.yaml
@@ -20,6 +20,11 @@ demo: $(INSTALLED)
 # other's way.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --quiet
+
+# The same in random order. It prints how to repeat the order: make test-random SEED=1234
+test-random: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --quiet -p randomly \
+		$(SEED:%=--randomly-seed=%)
 
 # Most of an hour: runs that are killed at random, two hosts, ten million pairs. One after the other,
 # so that the kills come when they should.

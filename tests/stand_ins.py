@@ -1,8 +1,11 @@
 """A task and data so small that a run takes no time; class paths in tests name them."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -218,6 +221,20 @@ def steps(run: Path) -> dict[tuple[int, int], list[int]]:
             epoch, step, examples = json.loads(line)
             found.setdefault((epoch, step), []).extend(examples)
     return {step: sorted(examples) for step, examples in sorted(found.items())}
+
+
+def free_port() -> int:
+    """A port that nobody takes before it is used.
+
+    Not one that the system chooses: it might give that to another process as well. The range below
+    those is divided by process id.
+    """
+    for port in itertools.count(10_000 + os.getpid() * 20 % 20_000):
+        with socket.socket() as tried:
+            with contextlib.suppress(OSError):
+                tried.bind(("127.0.0.1", port))
+                return port
+    raise AssertionError("unreachable")
 
 
 def fit_each(files: list[str]) -> None:

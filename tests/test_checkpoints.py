@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, enough by themselves, and one line when they are not ours."""
 
+import os
 import resource
 import signal
 from collections.abc import Iterator
@@ -201,3 +202,16 @@ def test_a_folder_of_shards_is_not_passed_over(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").mkdir()
     with pytest.raises(CheckpointError, match=r"last\.ckpt is a folder, not one of ours"):
         checkpoints.newest_checkpoint(tmp_path)
+
+
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
+    """As root, a checkpoint written to /dev/null would otherwise take its place."""
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    for path in (pipe, folder):
+        with pytest.raises(CheckpointError, match="could not be written: there is something else"):
+            checkpoints.write_atomically({"state_dict": {}}, path)
+    assert pipe.is_fifo()
+    assert folder.is_dir()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pipe", "folder"}

@@ -273,6 +273,7 @@ def test_tasks_without_classes_parse(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     experiments = Path(__file__).resolve().parents[1] / "experiments"
     words = ["--config", str(experiments / "quickstart" / "translation.yaml")]
-    line = cli.CommandLine([*words, "--trainer.accelerator", "cpu"], run=False)
+    with cli.process_restored():
+        line = cli.CommandLine([*words, "--trainer.accelerator", "cpu"], run=False)
     assert "n_classes" not in line.config.model.init_args
     assert "n_tags" not in line.config.data.init_args

@@ -43,9 +43,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
+    with cli.process_restored():
+        yield
 
 
 def config(name: str, **sections: Any) -> str:

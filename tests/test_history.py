@@ -4,15 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import wandb_file
-from tests.test_kills import die, finish, start, written
+from tests.test_kills import MOMENTS, assert_same, die, finish, finish_here, start, written
 from tx_lightning.loggers import MetricsFile, WandB, read_metrics
 from tx_lightning.wandb_files import (
     UnknownFormat,
@@ -50,18 +54,20 @@ def numbers(row: dict[str, Any]) -> tuple[int, dict[str, float]]:
 
 
 def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Path) -> None:
+    """Killed at the hardest moments. All else is that of the untouched run to the last bit."""
     (tmp_path / "whole").mkdir()
     file = written("LanguageModeling", tmp_path / "whole", logger=[OFFLINE], log_every_n_steps=2)
     settings = yaml.safe_load(file.read_text())
     settings["trainer"]["callbacks"].append(SAMPLES)
     file.write_text(yaml.safe_dump(settings))
     whole = tmp_path / "whole" / "run"
-    finish(whole, file, [])
+    finish_here(whole, file, [])
     there, run = tmp_path / "run.yaml", tmp_path / "run"
     there.write_text(file.read_text())
-    for moment in ("validation:20", "saving:27"):
+    for moment in MOMENTS:
         die(start(run, there, [], kill_at=moment), tmp_path)
     finish(run, there, [])
+    assert_same(run, whole)
 
     rows = history(run)
     metrics = [numbers(row) for row in read_metrics(run / "metrics.jsonl")]
@@ -73,7 +79,7 @@ def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Pa
     assert tables == [r["trainer/global_step"] for r in history(whole) if "val/samples" in r]
     assert len(tables) == len(set(tables)) > 2
     assert len({path.name for path in segments(run)}) == 1
-    assert len(segments(run)) == 3
+    assert len(segments(run)) == len(MOMENTS) + 1
     samples = [(r / "samples" / "val.jsonl").read_text() for r in (run, whole)]
     assert samples[0] == samples[1]
 
@@ -85,7 +91,14 @@ def test_killed_and_resumed_the_history_is_that_of_an_untouched_run(tmp_path: Pa
 def inspected(path: Path) -> list[int]:
     """The steps of the rows of history, read by `wandb leet`."""
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        command,
+        env=os.environ | {"TMPDIR": str(path.parent)},  # where it writes a log
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return [line["history"]["item"]["trainer/global_step"] for line in lines if "history" in line]
 
@@ -189,23 +202,83 @@ def copy_history(path: Path, steps: range) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("content", [b"", b"another format"])
+def damaged(content: bytes, place: int, by: bytes) -> bytes:
+    return content[:place] + by + content[place + len(by) :]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda content: b"", "does not begin as a"),
+        (lambda content: b"another format", "does not begin as a"),
+        (lambda content: damaged(content, 6, b"\x01"), "does not begin as a"),  # a later version
+        (lambda content: damaged(content, 13, b"\x09"), "is damaged at byte 7"),  # a kind of piece
+        (lambda content: damaged(content, 11, b"\xff\xff"), "is damaged at byte 7"),  # a length
+    ],
+)
 def test_a_file_that_is_not_understood_is_left_alone(
-    folder: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    change: Callable[[bytes], bytes],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for day in (1, 2):
         made = folder / "wandb" / f"offline-run-2026010{day}_000000-abc"
         made.mkdir(parents=True)
-        copy_history(made / "run-abc.wandb", range(10))
+        copy_history(made / "run-abc.wandb", range(1000))
     strange = segments(folder)[1]
-    strange.write_bytes(content)
-    before = segments(folder)[0].read_bytes()
-    with pytest.raises(UnknownFormat, match="does not begin as a"):
+    strange.write_bytes(change(strange.read_bytes()))
+    before = [path.read_bytes() for path in segments(folder)]
+    with pytest.raises(UnknownFormat, match=says):
         keep_history(folder, 3)
-    assert segments(folder)[0].read_bytes() == before
+    assert [path.read_bytes() for path in segments(folder)] == before
     logger = WandB(mode="offline")
     logger.open_in(folder, "fit")
     logger.go_on(3, [])
     said = capsys.readouterr().err
     assert said.startswith("W&B: steps that are taken again are written twice: ")
+    assert said.endswith("; the file is not changed\n")
     assert said.count("\n") == 1
+    assert [path.read_bytes() for path in segments(folder)] == before
+
+
+def test_a_tail_that_a_power_failure_left_is_no_damage(folder: Path) -> None:
+    made = folder / "wandb" / "offline-run-20260101_000000-abc"
+    made.mkdir(parents=True)
+    copy_history(made / "run-abc.wandb", range(10))
+    with (made / "run-abc.wandb").open("ab") as file:
+        file.write(bytes(50_000))
+    assert len(keep_history(folder, 100)) == 10
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(place=st.integers(7, 2000), by=st.binary(min_size=1, max_size=8), n_rows=st.integers(0, 60))
+def test_no_damage_is_fatal(place: int, by: bytes, n_rows: int) -> None:
+    """Whatever happened to a file, it is cut to rows that it has, or refused and left as it is."""
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name) / "wandb" / "offline-run-20260101_000000-abc"
+        made.mkdir(parents=True)
+        path = made / "run-abc.wandb"
+        copy_history(path, range(50))
+        path.write_bytes(damaged(path.read_bytes(), place, by))
+        before = path.read_bytes()
+        try:
+            kept = keep_history(Path(name), n_rows)
+        except UnknownFormat:
+            assert path.read_bytes() == before
+        else:
+            assert kept == history(Path(name))[:n_rows]
+
+
+def test_what_online_starts_have_sent_is_not_written_again_offline(folder: Path) -> None:
+    """A run that was online, was killed, and is resumed offline from an earlier checkpoint."""
+    made = folder / "wandb" / "run-20260101_000000-abc"
+    made.mkdir(parents=True)
+    copy_history(made / "run-abc.wandb", range(5))
+    before = (made / "run-abc.wandb").read_bytes()
+    (folder / "wandb" / "run_id").write_text("abc\n")
+    metrics = [{"step": s, "train/loss": 0.5 + s} for s in range(3)]
+    logged(folder, range(3, 7), go_on=(3, metrics))
+    wait_until_written(folder, 2)
+    assert steps_of(folder) == [(5, 5), (6, 6)]
+    assert (made / "run-abc.wandb").read_bytes() == before

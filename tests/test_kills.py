@@ -14,13 +14,16 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import yaml
 
+from tests.processes import Forked
 from tests.stand_ins import steps
 from tests.test_every_task import configuration
+from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.loggers import read_metrics
 from tx_lightning.reproduce import history
@@ -63,37 +66,32 @@ def written(task: str, folder: Path, **trainer: Any) -> Path:
 
 def start(
     run: Path, file: Path, words: list[str], *, kill_at: str = "", pause: float = 0.0
-) -> subprocess.Popen[str]:
+) -> Forked:
     """Start the run in its folder, or go on with it where it has begun."""
-    begun = (run / "config.yaml").is_file()
-    if begun:
-        command = ["fit", "--resume", str(run), *words]
-    else:
-        place = ["--trainer.default_root_dir", str(run)]
-        command = ["fit", "--config", str(file), *place, *words]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "WANDB_MODE": "disabled",
-        "KILL_AT": kill_at,
-        "PAUSE": str(pause),
-    }
-    environment.pop("WANDB_SERVICE", None)  # of the process of the tests, which outlives a kill
+    command, environment = command_of(run, file, words)
+    return Forked(
+        main,
+        command,
+        environment={**environment, "KILL_AT": kill_at, "PAUSE": str(pause)},
+        folder=file.parent,
+        output=file.parent / "output.txt",
+        ranks=processes_of(run, words),
+    )
+
+
+def launch(run: Path, file: Path, words: list[str], *, kill_at: str = "") -> subprocess.Popen[str]:
+    """The same as a user does it: a new process, from which Lightning starts the others."""
+    command, environment = command_of(run, file, words)
     with (file.parent / "output.txt").open("a") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "tx_lightning", *command],
             cwd=file.parent,
-            env=environment,
+            env={**environment, "KILL_AT": kill_at},
             stdout=output,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-
-
-def finish(run: Path, file: Path, words: list[str]) -> None:
-    process = start(run, file, words)
-    assert process.wait(timeout=300) == 0, (file.parent / "output.txt").read_text()[-3000:]
 
 
 def clear_away(process: subprocess.Popen[str]) -> None:
@@ -103,16 +101,55 @@ def clear_away(process: subprocess.Popen[str]) -> None:
     process.wait(timeout=60)
 
 
-def die(process: subprocess.Popen[str], folder: Path) -> None:
+def processes_of(run: Path, words: list[str]) -> int:
+    if "--trainer.devices" in words:
+        return int(words[words.index("--trainer.devices") + 1])
+    config = run / "config.yaml"
+    devices = yaml.safe_load(config.read_text())["trainer"]["devices"] if config.is_file() else 1
+    return devices if isinstance(devices, int) else 1
+
+
+def command_of(run: Path, file: Path, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words that start a run or go on with it, and the environment variables for it."""
+    if (run / "config.yaml").is_file():
+        command = ["fit", "--resume", str(run), *words]
+    else:
+        place = ["--trainer.default_root_dir", str(run)]
+        command = ["fit", "--config", str(file), *place, *words]
+    return command, {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
+
+
+def finish(run: Path, file: Path, words: list[str]) -> None:
+    process = start(run, file, words)
+    try:
+        status = process.wait(timeout=600)
+    finally:
+        process.kill()
+    assert status == 0, (file.parent / "output.txt").read_text()[-3000:]
+
+
+def finish_here(run: Path, file: Path, words: list[str]) -> None:
+    """In the process of the tests, whose hash seed is another."""
+    command, environment = command_of(run, file, words)
+    before = Path.cwd()
+    os.chdir(file.parent)
+    try:
+        with patch.dict(os.environ, environment):
+            assert main(command) == 0
+    finally:
+        os.chdir(before)
+
+
+def die(process: Forked, folder: Path) -> None:
     """Wait until the run has killed itself; its other processes go down with it."""
     try:
-        status = process.wait(timeout=180)
+        status = process.wait(timeout=600)
     finally:
-        clear_away(process)
+        process.kill()
     assert status == -signal.SIGKILL, (folder / "output.txt").read_text()[-3000:]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(run: Path, step: int, process: Forked) -> None:
     """Until this start of the run, which drops the rows that it makes again, has come that far."""
     output = run.parent / "output.txt"
     for _ in range(6000):
@@ -161,37 +198,19 @@ def assert_equal(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
+# Inside an accumulation window, at an epoch's end, in validation, in the middle of a save. That a
+# run survives all of them is in test_history.py, with its files of W&B.
 MOMENTS = ("window:6", "epoch_end:9", "validation:20", "saving:26", "validation:40")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run that nobody touched, and its configuration."""
-    folder = tmp_path_factory.mktemp("whole")
-    file = written("LanguageModeling", folder)
-    finish(folder / "run", file, [])
-    return folder / "run", file
-
-
-def test_killed_at_the_hardest_moments(whole: tuple[Path, Path], tmp_path: Path) -> None:
-    """Inside an accumulation window, at an epoch's end, in validation, in the middle of a save."""
-    run = tmp_path / "run"
-    file = tmp_path / "run.yaml"
-    file.write_text(whole[1].read_text())
-    for moment in MOMENTS:
-        die(start(run, file, [], kill_at=moment), tmp_path)
-    finish(run, file, [])
-    assert_same(run, whole[0])
 
 
 @pytest.mark.parametrize("moment", ["crash:4", "first_crashes:4"])
 def test_a_crash_on_one_process_ends_all(moment: str, tmp_path: Path) -> None:
-    """Within a minute, with the traceback of that process."""
+    """With the traceback of that process, and not after the half hour that gloo waits."""
     file = written("LanguageModeling", tmp_path)
     words = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    process = start(tmp_path / "run", file, words, kill_at=moment)
+    process = launch(tmp_path / "run", file, words, kill_at=moment)
     try:
-        status = process.wait(timeout=90)  # starting takes some of it
+        status = process.wait(timeout=300)
     finally:
         clear_away(process)
     said = (tmp_path / "output.txt").read_text()
@@ -243,7 +262,7 @@ def test_resumed_on_other_numbers_of_processes(tmp_path: Path) -> None:
     """With dropout, killed on 2 processes x 2 parts, then 1 x 4, then to the end on 2 x 2."""
     (tmp_path / "whole").mkdir()
     file = spreading("Translation", tmp_path / "whole")
-    finish(tmp_path / "whole" / "run", file, on(1, 4))
+    finish_here(tmp_path / "whole" / "run", file, on(1, 4))
     there, run = tmp_path / "run.yaml", tmp_path / "run"
     there.write_text(file.read_text())
     die(start(run, there, on(2, 2), kill_at="window:13"), tmp_path)
@@ -302,7 +321,7 @@ def test_campaign(
         wait_for_step(run, int(step), process)
         time.sleep(chance.uniform(0, 0.5))  # some steps, saves and a validation later
         assert process.poll() is None, "it ended before it was killed"
-        clear_away(process)
+        process.kill()
     finish(run, there, words)
     assert_same(run, tmp_path / "whole" / "run")
     tell(capsys, f"{task}, {workers} workers, {processes} processes", moments)

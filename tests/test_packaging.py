@@ -45,15 +45,19 @@ FILES = {
     "diagnosis",
     "errors",
     "loggers",
+    "metrics_file",
     "runs",
     "provenance",
+    "strict_json",
+    "wandb_artifacts",
     "wandb_files",
+    "wandb_settings",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "nn": set(),
     "models": {"nn"},
     "decoding": set(),
-    "data": set(),
+    "data": {"strict_json"},
     "losses": {"nn"},
     "metrics": set(),
     "schedules": set(),
@@ -61,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": set(),
     "tasks": PARTS | {"checkpoints", "sharding"},
     "callbacks": PARTS | FILES | {"tasks"},
-    "weights": {"nn", "models", "data"} | FILES,  # tasks are named by their class path
+    "weights": {"nn", "models", "data", "decoding"} | FILES,  # tasks are named by their class path
 }
 TOP = {("__main__", "commands"), ("commands", "cli")}
 NOT_IMPORTED = {"urllib3"}  # declared for its version

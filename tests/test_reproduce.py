@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import yaml
 
 from tests.test_cli import BASE
+from tx_lightning import cli
 from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.provenance import differing, read_starts, repository_state
@@ -22,9 +22,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
+    with cli.process_restored():
+        yield
 
 
 @pytest.fixture

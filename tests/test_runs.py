@@ -2,23 +2,27 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from tests.stand_ins import free_port
 from tx_lightning import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "RANK", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", runs.FOLDER_VARIABLE):
-        monkeypatch.delenv(name, raising=False)
+def _process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Forget what a process of the command line would keep: its folder and its stores."""
+    monkeypatch.setattr(runs, "_stores", [])
+    with patch.dict(os.environ):
+        yield
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -91,13 +95,6 @@ def test_processes_agree_where_the_first_hosts_the_store(
     assert [process.returncode for process in processes] == [0, 0]
     assert [str(path) for path in tmp_path.iterdir()] == [folders[0]]
     assert folders[0] == folders[1]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 def as_torchrun(monkeypatch: pytest.MonkeyPatch, port: int, *, hosted_elsewhere: bool) -> None:

@@ -3,6 +3,7 @@
 That their gradients, parameters and scores are those of one process is in test_spread.py.
 """
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.test_kills import (
     assert_same_but_for_rounding,
     die,
     finish,
+    launch,
     on,
     spreading,
     start,
@@ -44,7 +46,8 @@ def test_killed_in_shards_and_resumed_to_the_last_bit(tmp_path: Path) -> None:
     there.write_text(file.read_text())
     # In the last validation before a save, so that the next start begins with a validation.
     die(start(run, there, in_shards(), kill_at="validation:20"), tmp_path)
-    finish(run, there, [])
+    process = launch(run, there, [])  # its configuration says on how many processes
+    assert process.wait(timeout=600) == 0, (tmp_path / "output.txt").read_text()[-3000:]
     assert_same(run, tmp_path / "whole" / "run")
     task = load_task(run / "checkpoints" / "last.ckpt")
     assert isinstance(task, Translation)
@@ -81,7 +84,9 @@ def test_a_strategy_with_checkpoints_of_its_own_is_refused(
         },
     }
     Path("task.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch sets one with the group
     assert main(["fit", "--config", "task.yaml"]) == 1
+    torch.distributed.destroy_process_group()
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: trainer.strategy: ModelParallelStrategy writes checkpoints")
     assert "use tx_lightning.sharding.Sharded" in line

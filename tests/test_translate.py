@@ -3,6 +3,7 @@
 import io
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import checkpoint_record, load_task, write_atomically
 from tx_lightning.data.tokenizers import Tokenizers, Words
 from tx_lightning.models import EncoderDecoder
+from tx_lightning.nn import LearnedPositions
 from tx_lightning.tasks import Translation
 from tx_lightning.text_verbs import read_lines
 
@@ -161,3 +163,33 @@ def test_a_line_is_handed_on_before_the_next_one_comes() -> None:
         assert rest == ["two", "three", "four", "five"]
         source.close()
         assert list(batches) == []
+
+
+def test_a_line_beyond_the_positions_is_named_with_the_limit(
+    verb: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions = partial(LearnedPositions, max_length=4)
+    task = Translation(16, partial(EncoderDecoder, positions=positions, **NETWORK))  # type: ignore[arg-type]
+    tokenizer = Words().train(WORDS, 16)
+    task.attach(Tokenizers(tokenizer, tokenizer))
+    monkeypatch.setattr("tx_lightning.translate.load_task", lambda *_, **__: task)
+    status, lines, said = verb(b"eins zwei drei\n\neins zwei drei vier\n", "--batch_size", "1")
+    assert (status, len(lines)) == (1, 2)
+    assert said == (
+        "error: standard input, line 3: 4 tokens are too many for a sentence, at most 3 fit; the "
+        "lines before this batch are translated\n"
+    )
+
+
+def test_numbers_in_the_settings_of_a_checkpoint_are_finite(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    search = content["tx_lightning"]["task"]["init_args"]["test_decoding"]["init_args"]
+    for value, says in ((float("nan"), "nan"), (float("-inf"), "-inf"), (10**400, "1000000000")):
+        search["length_penalty"] = value
+        write_atomically(content, tmp_path / "forged.ckpt")
+        assert main(["translate", str(tmp_path / "forged.ckpt")]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"length_penalty: {says}" in line.replace('"length_penalty"', "length_penalty")
+        assert "is not a finite number" in line

@@ -62,7 +62,8 @@ def main(args: Sequence[str] | None = None) -> int:
     finally:
         if collecting:
             gc.enable()
-    gc.freeze()
+    if args is None:  # another program keeps its collector as it is
+        gc.freeze()
     return run(words)
 
 

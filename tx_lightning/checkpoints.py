@@ -18,12 +18,12 @@ from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
 from tx_lightning import __version__
-from tx_lightning.configuration import upgraded_settings
+from tx_lightning.configuration import ConfigurationParser, upgraded_settings
 
 FORMAT = 2  # 1 is read as well
 RECORD = "tx_lightning"
@@ -152,7 +152,7 @@ def load_task(path: str | Path) -> LightningModule:
 def _instantiate(
     settings: dict[str, Any], path: str | Path, versions: Mapping[str, str]
 ) -> LightningModule:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ConfigurationParser()
     parser.add_subclass_arguments(LightningModule, "task", fail_untyped=False)
     try:
         # A copy: parsing leaves objects of its own in the lists of what it is given.
@@ -216,6 +216,8 @@ def write_atomically(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         CheckpointError: When it cannot be written, as on a full disk.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a file would take the place of a device
+        raise CheckpointError(f"checkpoint {path} could not be written: there is something else")
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

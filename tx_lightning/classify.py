@@ -1,17 +1,24 @@
 """`tx-lightning classify CHECKPOINT`: lines on standard input become labels on standard output."""
 
-import json
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from tx_lightning.checkpoints import load_task
+from tx_lightning.configuration import ConfigurationParser
 from tx_lightning.data.classification import split_line
 from tx_lightning.errors import ConfigurationError
+from tx_lightning.strict_json import to_json
 from tx_lightning.tasks.classification import Classification
 from tx_lightning.tasks.tagging import Tagging
-from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
+from tx_lightning.text_verbs import (
+    device_named,
+    parse_words,
+    quiet_when_closed,
+    read_lines,
+    standard_input,
+)
 
 DESCRIPTION = """\
 Label lines from standard input with the checkpoint of a classifier alone: label and probability,
@@ -45,7 +52,7 @@ def main(words: Sequence[str]) -> int:
     number, long = 0, _LongLines()
     try:
         with quiet_when_closed():
-            for lines in read_lines(sys.stdin.buffer, options.batch_size):
+            for lines in read_lines(standard_input(), options.batch_size):
                 long.before = number
                 if isinstance(task, Tagging):
                     found = _tagged(task, lines, long, options)
@@ -123,7 +130,7 @@ def _object(texts: dict[str, str], labels: list[tuple[str, float]], options: Nam
     values: dict[str, object] = {**texts, "label": label, "probability": probability}
     if options.all:
         values["probabilities"] = dict(labels)
-    return json.dumps(values, ensure_ascii=False)
+    return to_json(values, ensure_ascii=False)
 
 
 def _tagged(task: Tagging, lines: list[str], long: _LongLines, options: Namespace) -> list[str]:
@@ -134,15 +141,13 @@ def _tagged(task: Tagging, lines: list[str], long: _LongLines, options: Namespac
     if not options.json:
         return ["\t".join(tags) for tags in found]
     return [
-        json.dumps({"words": words, "tags": tags}, ensure_ascii=False)
+        to_json({"words": words, "tags": tags}, ensure_ascii=False)
         for words, tags in zip(sentences, found, strict=True)
     ]
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tx-lightning classify", description=DESCRIPTION, exit_on_error=False
-    )
+def _parser() -> ConfigurationParser:
+    parser = ConfigurationParser(prog="tx-lightning classify", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
     parser.add_argument(
         "--all",

@@ -12,10 +12,11 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -38,7 +39,14 @@ from tx_lightning.checkpoints import (
     newest_checkpoint,
     read_checkpoint,
 )
-from tx_lightning.configuration import differences, given, upgraded_settings, without_option
+from tx_lightning.configuration import (
+    ConfigurationParser,
+    DuplicateKey,
+    differences,
+    given,
+    upgraded_settings,
+    without_option,
+)
 from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
@@ -64,9 +72,18 @@ LINKS = {
     "data.init_args.n_tags": "model.init_args.n_tags",
     "seed_everything": "data.init_args.seed",
 }
+MOST_SEED = 2**32 - 1  # of NumPy
+LEAST = {  # of the trainer's arguments
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+}
 ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
 ModelFrom = Literal["agree", "checkpoint", "config"]
 OnDivergence = Literal["stop", "ignore"]
+_LIGHTNING = logging.getLogger("lightning.pytorch.utilities.rank_zero")
 
 
 class CommandLine(LightningCLI):
@@ -89,6 +106,7 @@ class CommandLine(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=None,
+            parser_class=ConfigurationParser,
             trainer_defaults={
                 "logger": {"class_path": "tx_lightning.loggers.WandB"},
                 "use_distributed_sampler": False,
@@ -190,7 +208,7 @@ class CommandLine(LightningCLI):
         words = self._with_resumed_run(args)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
-            self.checkpoint = Path(values["ckpt_path"])
+            self.checkpoint = Path(str(values["ckpt_path"]))
         if self.resumed:
             self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
         self._model_from_checkpoint = bool(self.checkpoint) and not _has_class(values, "model")
@@ -198,17 +216,34 @@ class CommandLine(LightningCLI):
             words = [words[0], f"--model={json.dumps(self._recorded_model())}", *words[1:]]
         try:
             self.config = parser.parse_args(words)
-        except ArgumentError as error:
+        except (ArgumentError, DuplicateKey) as error:
             verb_parser = self._parser(self.verb)
-            raise ConfigurationError(explain(str(error), words, verb_parser)) from error
+            why = explain(str(error), words, verb_parser)
+            if why.startswith("model.vocab_size: null") and not _has_class(values, "data"):
+                why = "no data section: give --config with one"
+            raise ConfigurationError(why) from error
         self._check_links(values)
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuse numbers that Lightning takes and fails with later, or not at all."""
+        section = self._section()
+        seed = section.seed_everything
+        if not 0 <= seed <= MOST_SEED:
+            raise ConfigurationError(f"seed_everything is {seed}; it must be from 0 to {MOST_SEED}")
+        for name, least in LEAST.items():
+            value = section.trainer.get(name)
+            if isinstance(value, int | float) and value < least:
+                raise ConfigurationError(f"trainer.{name} is {value}; it must be at least {least}")
+        if section.trainer.val_check_interval == 0:
+            raise ConfigurationError("trainer.val_check_interval is 0; it must be above 0")
 
     def _with_resumed_run(self, words: list[str]) -> list[str]:
         """Replace `--resume FOLDER` by the configuration of that run."""
         folder = given(words).get("resume") if self.verb == "fit" else None
         if not folder:
             return words
-        self.resumed = Path(folder).absolute()
+        self.resumed = Path(str(folder)).absolute()
         if not (self.resumed / CONFIG).is_file():
             raise ConfigurationError(
                 f"--resume {folder}: it has no {CONFIG}, so it is no run folder"
@@ -255,8 +290,10 @@ class CommandLine(LightningCLI):
         recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
         if recorded is None or section.model_from == "config":
             return
+        rest = self.config.clone()
+        rest[self.verb].model = None  # nothing of it may be merged with the checkpoint's
         try:
-            base = self.parser.parse_object({self.verb: {"model": recorded}}, self.config)
+            base = self.parser.parse_object({self.verb: {"model": recorded}}, rest)
         except ArgumentError as error:
             why = explain(str(error), [], self._parser(self.verb))
             raise ConfigurationError(
@@ -302,6 +339,9 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer in the run's own folder, with what every run has."""
         self.folder = self._make_folder()
+        asked = self._get(self.config_init, "trainer")
+        if asked.barebones and isinstance(asked.logger, WandB):
+            kwargs["logger"] = None  # our default, which Lightning would refuse
         try:
             # Any: Lightning sets attributes of a trainer where type checkers do not see them.
             trainer: Any = super().instantiate_trainer(default_root_dir=str(self.folder), **kwargs)
@@ -314,12 +354,12 @@ class CommandLine(LightningCLI):
         with contextlib.suppress(NotImplementedError):  # strategies that write files of their own
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
                 trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        own = self._get(self.config_init, "trainer").callbacks or []
+        own = asked.callbacks or []
         trainer.callbacks = [
             ProgressBar() if isinstance(callback, Bar) and callback not in own else callback
             for callback in trainer.callbacks
         ]
-        if trainer.loggers and not trainer.fast_dev_run:
+        if not trainer.fast_dev_run and not trainer.barebones:
             trainer.loggers = [*trainer.loggers, MetricsFile(self.folder)]
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
@@ -436,7 +476,6 @@ class CommandLine(LightningCLI):
                 self._test_after()
             failed = False
         finally:
-            set_matmul_precision("highest", self.trainer.strategy.root_device.type)
             self._report()
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandB):
@@ -464,9 +503,9 @@ class CommandLine(LightningCLI):
         if maps:
             newest = max(maps, key=lambda path: path.stat().st_mtime)
             print(f"attention map: {shown(newest)}", flush=True)
-        runs = sorted(self.folder.glob("wandb/*run-*"))
-        if runs:
-            print(f"W&B run: {shown(runs[-1])}", flush=True)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandB) and logger.files is not None:
+                print(f"W&B run: {shown(logger.files)}", flush=True)
 
     def _announce(self) -> None:
         """Say where the run is and how to go on; drop the metrics that will be made again."""
@@ -513,10 +552,31 @@ def _has_class(values: dict[str, Any], key: str) -> bool:
     return bool(values.get(key) or values.get(f"{key}.class_path"))
 
 
+@contextlib.contextmanager
+def process_restored() -> Iterator[None]:
+    """Restore what a command sets for its process: a Python program may run several.
+
+    The environment variables are Lightning's, wandb's and ours; dropout follows PL_GLOBAL_SEED.
+    """
+    environment, path = dict(os.environ), list(sys.path)
+    precision = torch.get_float32_matmul_precision()
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            set_matmul_precision("highest", "cpu")
+            torch.set_float32_matmul_precision(precision)
+            _LIGHTNING.removeFilter(_no_tips)
+            sys.path[:] = path
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+
+
 def _silence_libraries() -> None:
     """Keep from the user what libraries say about each other, and about what we do on purpose."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls three
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_tips)
+    _LIGHTNING.addFilter(_no_tips)
     # Lightning 2.6 with torch 2.13, at every start; nothing a user could act on.
     warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     for message in (

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import tx_lightning
 from tx_lightning.callbacks.graceful_stop import Interrupted
-from tx_lightning.cli import CommandLine
+from tx_lightning.cli import CommandLine, process_restored
 from tx_lightning.errors import ConfigurationError, one_line
 
 
+@process_restored()
 def run(words: Sequence[str]) -> int:
     """Carry out a command and return its exit status: 1 for an error, 2 for a wrong configuration.
 

@@ -19,7 +19,14 @@ from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tx_lightning.configuration import given, options
+from tx_lightning.configuration import (
+    DuplicateKey,
+    NotYAML,
+    given,
+    load_yaml,
+    options,
+    read_yaml,
+)
 from tx_lightning.errors import did_you_mean
 
 SEAMS = (LightningModule, LightningDataModule, Callback, Logger, Optimizer, LRScheduler)
@@ -69,6 +76,8 @@ class _Reader:
             self._where = text
             self._read_tree((), _load(text))
             return
+        if Path(text).suffix in (".yaml", ".yml") and Path(text).is_file():
+            _content(Path(text))
         self._where = f"--{key}"
         path = tuple(part for part in key.rstrip("+").split(".") if part not in CLASS_KEYS)
         if path[-1] in ("help", "print_config"):
@@ -76,8 +85,8 @@ class _Reader:
         for length in range(1, len(path) + 1):
             self._check_name(path[:length])
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = load_yaml(text)
+        except (yaml.YAMLError, DuplicateKey):
             return
         if isinstance(value, str) and path in (("model",), ("data",)):
             value = {"class_path": value}
@@ -95,8 +104,9 @@ class _Reader:
 
     def _read_tree(self, path: Path_, tree: Mapping[str, Any]) -> None:
         for key, value in tree.items():
-            self._check_name((*path, str(key)))
-            self._read((*path, str(key)), value)
+            inner = (*path, str(key).removesuffix("+"))
+            self._check_name(inner)
+            self._read(inner, value)
 
     def _read_class(self, path: Path_, value: Mapping[str, Any]) -> None:
         if "class_path" in value:
@@ -107,9 +117,13 @@ class _Reader:
                 f"{self._where}: {'.'.join(path)}: '{beside[0]}' stands beside class_path; "
                 "its place is below init_args"
             )
-        arguments = value.get("init_args")
-        if isinstance(arguments, Mapping):
-            self._read_tree(path, arguments)
+        arguments = value.get("init_args", {})
+        if not isinstance(arguments, Mapping):
+            raise Fault(
+                f"{self._where}: {'.'.join((*path, 'init_args'))} is {arguments!r}; it must hold "
+                "arguments by their names"
+            )
+        self._read_tree(path, arguments)
 
     def _check_name(self, path: Path_) -> None:
         """Fail where the last name of a path is not one of those that may stand there."""
@@ -155,15 +169,17 @@ def _load(path: str) -> Mapping[str, Any]:
     if not file.is_file():
         siblings = [str(p) for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
         raise Fault(f"--config {path}: there is no such file{did_you_mean(path, siblings)}")
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise Fault(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise Fault(f"{path} is not UTF-8: {error}") from error
+    tree = _content(file)
     if not isinstance(tree, Mapping):
         raise Fault(f"{path} holds no keys, but {type(tree).__name__}")
     return tree
+
+
+def _content(file: Path) -> Any:
+    try:
+        return read_yaml(file)
+    except (NotYAML, DuplicateKey) as error:
+        raise Fault(str(error)) from error
 
 
 def parameters(of: Callable[..., Any]) -> list[str] | None:
@@ -198,7 +214,12 @@ def _descendants(cls: type) -> Iterator[type]:
 
 def _shortened(message: str, values: Mapping[str, Any]) -> str:
     """A refusal of the parser without what says nothing."""
-    if name := re.search(r"Expected a dot import path string: (\S+)", message):
+    if ours := re.findall(r'Parser key "([^"]+)": (\S.*)', message):
+        key, told = ours[-1]
+        outer = re.findall(r'Parser key "([^"]+)":', message)
+        told = told.split(". Got value: ")[0]
+        return f"{_full_key(key, values, told.split(' is not ')[0], outer)}: {told}"
+    if name := re.search(r"(?:dot import path string|import path format): (\S*)", message):
         classes = {found.__name__ for found in known_classes()}
         return f"there is no class '{name[1]}'{did_you_mean(name[1], classes)}"
     *outer, innermost = re.split(r'Parser key "', message)
@@ -208,16 +229,29 @@ def _shortened(message: str, values: Mapping[str, Any]) -> str:
     expected = re.findall(r"Expected an? (.+?)(?:\. Got value: .*)?$", told, re.MULTILINE)
     if outer and expected and value and "class_path" not in told:
         kinds = " or ".join(dict.fromkeys(_kind(kind) for kind in expected))
-        return f"{_full_key(key, values)}: {value[1]} is not {kinds}"
+        keys = re.findall(r'Parser key "([^"]+)":', message)
+        return f"{_full_key(key, values, value[1], keys)}: {value[1]} is not {kinds}"
     lines = [line.strip() for line in message.splitlines() if not NOISE.search(line)]
     told_lines = [re.sub(r'Parser key "(.*)":', r"\1:", line) for line in lines if line]
-    return "\n  ".join(list(dict.fromkeys(told_lines))[:MOST_LINES])
+    if value and all(line.endswith(":") for line in told_lines):
+        told_lines.append(f"{value[1]} is not accepted there")
+    return " ".join(list(dict.fromkeys(told_lines))[:MOST_LINES])
 
 
-def _full_key(key: str, values: Mapping[str, Any]) -> str:
-    """The key as it stands in the files, where the parser names only the last part of it."""
+def _full_key(key: str, values: Mapping[str, Any], value: str, keys: Sequence[str]) -> str:
+    """The key as it is in the files, where the parser names only the last part of it.
+
+    Args:
+        key: The last part.
+        values: What words and files set.
+        value: What is wrong, as text.
+        keys: The parts that the parser named, from the outermost to this one and maybe others.
+    """
     found = [name for name in values if name == key or name.endswith(f".{key}")]
-    return found[-1] if len(found) == 1 else key
+    same = [name for name in found if str(values[name]) == value]
+    if len(same) == 1 or len(found) == 1:
+        return (same or found)[0]
+    return ".".join(keys[: len(keys) - keys[::-1].index(key)]) if key in keys else key
 
 
 def _kind(expected: str) -> str:

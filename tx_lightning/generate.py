@@ -1,14 +1,16 @@
 """`tx-lightning generate CHECKPOINT`: prompts go on as a language model would have them."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from tx_lightning.checkpoints import load_task
+from tx_lightning.configuration import ConfigurationParser
+from tx_lightning.data.text import checked_document
 from tx_lightning.decoding import Decoding
 from tx_lightning.errors import ConfigurationError
+from tx_lightning.strict_json import to_json
 from tx_lightning.tasks.continuation import (
     Continuation,
     PastContext,
@@ -17,7 +19,13 @@ from tx_lightning.tasks.continuation import (
     is_one_row,
 )
 from tx_lightning.tasks.language_modeling import LanguageModeling
-from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
+from tx_lightning.text_verbs import (
+    device_named,
+    parse_words,
+    quiet_when_closed,
+    read_lines,
+    standard_input,
+)
 
 DESCRIPTION = """\
 Continue prompts with the checkpoint of a language model alone. A prompt is given with --prompt,
@@ -123,24 +131,26 @@ def _object(prompt: str, sample: int, continuation: Continuation) -> str:
         "log_prob": continuation.log_prob,
         "finished": continuation.finished,
     }
-    return json.dumps(values, ensure_ascii=False)
+    return to_json(values, ensure_ascii=False)
 
 
 def _prompts(options: Namespace) -> Iterator[list[str]]:
     """The prompts of the words, or else of standard input as they come."""
     if options.prompt is None:
-        yield from read_lines(sys.stdin.buffer, options.batch_size)
+        yield from read_lines(standard_input(), options.batch_size)
         return
-    for number, prompt in enumerate(options.prompt, 1):
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how words hold bytes
-            raise ValueError(f"prompt {number}: not UTF-8")
-    yield options.prompt
+    yield [_prompt(text, f"prompt {number}") for number, text in enumerate(options.prompt, 1)]
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tx-lightning generate", description=DESCRIPTION, exit_on_error=False
-    )
+def _prompt(text: str, where: str) -> str:
+    """A prompt under the rules for text; it may have several lines."""
+    if any("\ud800" <= character <= "\udfff" for character in text):  # how words hold bytes
+        raise ValueError(f"{where}: not UTF-8")
+    return checked_document(text.removeprefix("\ufeff"), where)
+
+
+def _parser() -> ConfigurationParser:
+    parser = ConfigurationParser(prog="tx-lightning generate", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
     parser.add_argument(
         "--prompt",

@@ -15,6 +15,9 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import Tensor
 from torchmetrics import Metric
 
+MOST_WORDS = 10  # of an n-gram
+MOST_CLASSES = 20_000
+
 
 class SumMetric(Metric):
     """A metric whose state is sums, with the same type whatever the precision of training.
@@ -72,6 +75,8 @@ class _CorpusScore(SumMetric):
         Raises:
             ValueError: When there are more of the one than of the other.
         """
+        if isinstance(hypotheses, str) or isinstance(references, str):
+            raise ValueError("hypotheses and references are lists of texts, not one text each")
         if len(hypotheses) != len(references):
             raise ValueError(
                 f"{len(hypotheses)} hypotheses were given for {len(references)} references: "
@@ -135,6 +140,8 @@ class CorpusChrF(_CorpusScore):
     """
 
     def __init__(self, *, word_order: int = 0, lowercase: bool = False) -> None:
+        if type(word_order) is not int or not 0 <= word_order <= MOST_WORDS:
+            raise ValueError(f"word_order must be from 0 to {MOST_WORDS}; it is {word_order}")
         scorer = CHRF(word_order=word_order, lowercase=lowercase)
         super().__init__(scorer, n_statistics=3 * scorer.order)
 
@@ -233,6 +240,11 @@ class ConfusionCounts(SumMetric):
 
     def __init__(self, n_classes: int) -> None:
         super().__init__()
+        if type(n_classes) is not int or not 1 <= n_classes <= MOST_CLASSES:
+            raise ValueError(
+                f"n_classes must be from 1 to {MOST_CLASSES:,}, since every pair of classes is "
+                f"counted; it is {n_classes}"
+            )
         self.n_classes = n_classes
         counts = torch.zeros(n_classes * n_classes, dtype=torch.int64)
         self.add_state("counts", counts, dist_reduce_fx="sum")

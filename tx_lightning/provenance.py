@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import tx_lightning
+from tx_lightning.strict_json import to_json
 
 FILE = "provenance.json"
 PACKAGES = (
@@ -119,12 +120,12 @@ def add_start(record: dict[str, Any], folder: Path) -> None:
 
     The file is a list: the first start, and each time that the run was resumed with something else.
     """
-    record = json.loads(json.dumps(record))  # as it will be read
+    record = json.loads(to_json(record))  # as it will be read
     starts = read_starts(folder)
     if starts and starts[-1] == record:
         return
     temporary = folder / f"{FILE}.tmp"
-    temporary.write_text(json.dumps([*starts, record], indent=1, ensure_ascii=False), "utf-8")
+    temporary.write_text(to_json([*starts, record], indent=1, ensure_ascii=False), "utf-8")
     temporary.replace(folder / FILE)
 
 

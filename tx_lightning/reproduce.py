@@ -1,6 +1,5 @@
 """`tx-lightning reproduce`: run a run again, and say whether the same came out of it."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,13 @@ from tx_lightning.errors import ConfigurationError
 from tx_lightning.loggers import read_metrics
 from tx_lightning.provenance import FILE, differing, read_starts
 from tx_lightning.runs import CHECKPOINTS, CONFIG, METRICS, is_first_process, run_folder, shown
+from tx_lightning.strict_json import to_json
 from tx_lightning.text_verbs import parse_words
 
 _SHOWN = 10  # differences of the inputs that are listed
 _LONGEST = 60  # characters of a value in that list
 
-History = dict[tuple[int, str], float]
+History = dict[tuple[int, str], Any]
 
 
 def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
@@ -113,9 +113,12 @@ def _compare_metrics(ours: History, theirs: History, report: Report) -> None:
     )
 
 
-def _equal(a: float | None, b: float | None) -> bool:
-    both_nan = a is not None and b is not None and math.isnan(a) and math.isnan(b)
-    return a == b or both_nan
+def _equal(a: Any, b: Any) -> bool:
+    return a == b or (_is_nan(a) and _is_nan(b))
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -188,5 +191,5 @@ def _compare_inputs(run: Path, again: Path, report: Report) -> None:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = to_json(value, ensure_ascii=False)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

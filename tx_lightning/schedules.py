@@ -33,16 +33,23 @@ class InverseSquareRoot(LRScheduler):
         last_epoch: The last optimizer step that was scheduled; -1 at the start.
 
     Raises:
-        ValueError: When `reference_step` is below 1.
+        ValueError: When `reference_step` is below 1, or one of the two is no step.
     """
 
     def __init__(
         self, optimizer: Optimizer, reference_step: int = 4000, last_epoch: int = -1
     ) -> None:
+        _check_step("reference_step", reference_step)
+        _check_step("last_epoch", last_epoch)
         if reference_step < 1:
             raise ValueError(
                 f"reference_step={reference_step} of InverseSquareRoot must be at least 1: "
                 "give the number of warmup steps, or 1 to fall from the first step on"
+            )
+        if last_epoch != -1 and not all("initial_lr" in group for group in optimizer.param_groups):
+            raise ValueError(
+                f"last_epoch={last_epoch} of InverseSquareRoot needs an optimizer that was "
+                "scheduled before, with initial_lr in its groups: leave it out to begin"
             )
         self.reference_step = reference_step
         super().__init__(optimizer, last_epoch)
@@ -51,3 +58,8 @@ class InverseSquareRoot(LRScheduler):
         """Return the learning rate of each parameter group for the next optimizer step."""
         factor = inverse_square_root(self.last_epoch + 1, self.reference_step)
         return [base * factor for base in self.base_lrs]
+
+
+def _check_step(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value} of InverseSquareRoot must be an integer")

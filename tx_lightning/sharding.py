@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+MOST_SECONDS = 10**8
+
 
 class Sharded(ModelParallelStrategy):
     """Every process holds a part of each parameter, its gradient and its optimizer state.
@@ -35,6 +37,11 @@ class Sharded(ModelParallelStrategy):
     def __init__(
         self, process_group_backend: str | None = None, timeout_seconds: float = 1800
     ) -> None:
+        if not 0 < timeout_seconds <= MOST_SECONDS:
+            raise ValueError(
+                f"timeout_seconds={timeout_seconds} of Sharded must be above 0 and at most "
+                f"{MOST_SECONDS:,}"
+            )
         super().__init__(
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,

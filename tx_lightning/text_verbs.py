@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from tx_lightning.configuration import options, without_option
+from tx_lightning.configuration import DuplicateKey, options, without_option
+from tx_lightning.data.errors import listed
+from tx_lightning.data.text import LONGEST_LINE, NotUTF8, decode_line
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError, did_you_mean
 
@@ -63,42 +65,84 @@ def parse_words(
         for word in words
     ]
     try:
-        return parser.parse_args(words)
-    except ArgumentError as error:
+        parsed = parser.parse_args(words)
+    except (ArgumentError, DuplicateKey) as error:
         raise ConfigurationError(explain(str(error), without_texts(words), parser)) from error
+    for name in ("batch_size", "batch_tokens"):
+        if name in parsed and parsed[name] < 1:
+            raise ConfigurationError(f"--{name} must be at least 1; it is {parsed[name]}")
+    return parsed
 
 
 def device_named(name: str) -> torch.device:
-    """The device of `--device`: as torch names it, or a GPU if any for `auto`."""
+    """The device of `--device`: as torch names it, or a GPU if any for `auto`.
+
+    Raises:
+        ConfigurationError: This machine does not have it; lists those it has.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigurationError(f"--device {name}: there is no such device") from error
+    there = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        there += [f"{kind.type}:{index}" for index in range(torch.accelerator.device_count())]
+    known = {*there, *(known.partition(":")[0] for known in there)}
+    if name not in known:
+        raise ConfigurationError(
+            f"--device {name}: there is no such device here; there are {listed(there, name)}"
+        )
+    return torch.device(name)
 
 
 @contextlib.contextmanager
 def quiet_when_closed() -> Iterator[None]:
-    """End quietly when the reader of standard output, as `head`, has had enough."""
+    """End quietly when the reader of standard output, as `head`, has had enough.
+
+    Raises:
+        ValueError: Standard output cannot be written to for another reason.
+    """
+    if sys.stdout is None:
+        raise ValueError("standard output is closed: there is nowhere to write to")
     try:
         yield
-    except BrokenPipeError:  # nor is there more to flush
+    except OSError as error:
+        if error.filename is not None:  # of a file
+            raise
+        # What is left to be flushed has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise ValueError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def standard_input() -> BinaryIO:
+    """The bytes of standard input.
+
+    Raises:
+        ValueError: It is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: give texts with a pipe, or from a file with <")
+    return sys.stdin.buffer
 
 
 def read_lines(stream: BinaryIO, most: int) -> Iterator[list[str]]:
     """Lines of a stream as they come: all that wait to be read, but not more than `most` at once.
 
     Raises:
-        ValueError: When a line is not UTF-8; the lines before it are returned first.
+        ValueError: The stream cannot be read, or a line is not text; the lines before it are
+            returned first.
     """
-    waiting: Queue[bytes | None] = Queue(maxsize=4 * most)
+    waiting: Queue[bytes | Exception | None] = Queue(maxsize=4 * most)
 
     def fill() -> None:
-        for line in stream:
-            waiting.put(line)
-        waiting.put(None)
+        end: Exception | None = None
+        try:
+            while line := stream.readline(LONGEST_LINE + 1):
+                waiting.put(line)
+        except Exception as error:  # whatever it is: the reader must not wait for ever
+            end = error
+        waiting.put(end)
 
     threading.Thread(target=fill, daemon=True).start()
     number = 0
@@ -107,21 +151,33 @@ def read_lines(stream: BinaryIO, most: int) -> Iterator[list[str]]:
         for line in lines:
             number += 1
             try:
-                texts.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"))
-            except UnicodeDecodeError as error:
+                texts.append(_text(line, number))
+            except ValueError:
                 yield texts
-                raise ValueError(f"standard input, line {number}: not UTF-8 ({error})") from error
+                raise
         yield texts
 
 
-def _take(waiting: "Queue[bytes | None]", most: int) -> list[bytes]:
+def _take(waiting: "Queue[bytes | Exception | None]", most: int) -> list[bytes]:
     """Wait for a line, and take with it those that wait already; none at the end."""
     lines: list[bytes] = []
-    line = waiting.get()
-    while line is not None:
-        lines.append(line)
+    item = waiting.get()
+    while isinstance(item, bytes):
+        lines.append(item)
         if len(lines) == most or waiting.empty():
             return lines
-        line = waiting.get()
-    waiting.put(None)  # the end is there again for the next call
+        item = waiting.get()
+    if item is not None and not lines:
+        why = item.strerror if isinstance(item, OSError) else item
+        raise ValueError(f"standard input cannot be read: {why}") from item
+    waiting.put(item)  # for the next call
     return lines
+
+
+def _text(line: bytes, number: int) -> str:
+    try:
+        return decode_line(line, "standard input", number)
+    except NotUTF8 as error:
+        raise ValueError(
+            f"standard input, line {number}: not UTF-8: {error.byte}; {error.remedy}"
+        ) from error

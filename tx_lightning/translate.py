@@ -3,15 +3,20 @@
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
-
 from tx_lightning.callbacks.predictions import one_line_of
 from tx_lightning.checkpoints import load_task
+from tx_lightning.configuration import ConfigurationParser
 from tx_lightning.decoding import Decoding
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks import Translation
 from tx_lightning.tasks.translation import TextTooLong
-from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
+from tx_lightning.text_verbs import (
+    device_named,
+    parse_words,
+    quiet_when_closed,
+    read_lines,
+    standard_input,
+)
 
 DESCRIPTION = """\
 Translate lines from standard input with a checkpoint alone. Line i of the output belongs to line i
@@ -45,14 +50,15 @@ def main(words: Sequence[str]) -> int:
     several = max(arguments.get("n_best", 1), arguments.get("n_samples", 1)) > 1
     number = 0
     with quiet_when_closed():
-        for texts in read_lines(sys.stdin.buffer, options.batch_size):
+        for texts in read_lines(standard_input(), options.batch_size):
             try:
                 found = task.translate(texts, decoding, options.batch_tokens, first_index=number)
             except TextTooLong as error:
                 line = number + error.index + 1
                 raise ValueError(
                     f"standard input, line {line}: {error.tokens:,} tokens are too many for a "
-                    "sentence; the lines before this batch are translated"
+                    f"sentence, at most {error.most:,} fit; the lines before this batch are "
+                    "translated"
                 ) from error
             for hypotheses in found:
                 number += 1
@@ -63,10 +69,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="tx-lightning translate", description=DESCRIPTION, exit_on_error=False
-    )
+def _parser() -> ConfigurationParser:
+    parser = ConfigurationParser(prog="tx-lightning translate", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
     parser.add_argument(
         "--decoding",

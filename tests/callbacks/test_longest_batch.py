@@ -1,5 +1,6 @@
 import random
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,8 @@ def test_too_little_memory_names_the_budget(
     trainer: MakeTrainer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    error = copy(error)  # parameters live on, and a raised one holds what its frames hold
+
     def fail(batch: TranslationBatch) -> TokenLoss:
         raise error
 

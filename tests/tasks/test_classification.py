@@ -1,9 +1,11 @@
 """The classification task against hand-made sums: exact loss, exact resume, labels, files."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
+from tests.stand_ins import free_port
 from tests.tasks.test_translation import Gradients, SaveAt, make_trainer
 from tests.tasks.test_translation import make_data as translation_data
 from tx_lightning.callbacks.predictions import PredictionWriter
@@ -394,8 +397,9 @@ def test_predictions_are_a_table_in_input_order(tmp_path: Path) -> None:
 
 def test_scores_are_the_same_to_the_digit_on_two_processes(tmp_path: Path) -> None:
     task = make_task()
-    trainer = make_trainer(tmp_path, devices=2, strategy="ddp_spawn")
-    trainer.test(task, make_data(eval_batch_tokens=64), verbose=False)
+    with patch.dict(os.environ, MASTER_PORT=str(free_port())):
+        trainer = make_trainer(tmp_path, devices=2, strategy="ddp_spawn")
+        trainer.test(task, make_data(eval_batch_tokens=64), verbose=False)
     two = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer = make_trainer(tmp_path)
     trainer.test(make_task(), make_data(eval_batch_tokens=64), verbose=False)
@@ -426,13 +430,16 @@ class Buffers(Callback):
         self.sent = wrapped.will_sync_module_buffers()
 
 
-def test_buffers_are_not_sent_in_training(tmp_path: Path) -> None:
-    buffers, environment = Buffers(), dict(os.environ)
-    trainer = make_trainer(tmp_path, max_steps=1, devices=1, strategy="ddp", callbacks=[buffers])
-    try:
-        trainer.fit(make_task(class_weights=[3.0, 0.2, 1.0]), make_data())
-    finally:
-        torch.distributed.destroy_process_group()
-        os.environ.clear()  # Lightning tells its other processes who they are, and so all others
-        os.environ.update(environment)
+def test_buffers_are_not_sent_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = Buffers()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch sets one with the group
+    # Lightning tells its other processes who they are, and so all others.
+    with patch.dict(os.environ, MASTER_PORT=str(free_port())):
+        trainer = make_trainer(
+            tmp_path, max_steps=1, devices=1, strategy="ddp", callbacks=[buffers]
+        )
+        try:
+            trainer.fit(make_task(class_weights=[3.0, 0.2, 1.0]), make_data())
+        finally:
+            torch.distributed.destroy_process_group()
     assert buffers.sent is False

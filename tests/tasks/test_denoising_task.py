@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,15 @@ from torch import Tensor
 from tests.data.test_denoising import NOISES, V
 from tests.data.test_masked_language_modeling_data import Documents, counting, documents
 from tests.data.test_masking import word_pieces
-from tests.tasks.test_translation import Gradients, SaveAt, make_trainer, tiny_network
+from tests.tasks.test_translation import (
+    Gradients,
+    SaveAt,
+    make_trainer,
+    short_network,
+    tiny_network,
+)
 from tx_lightning.data.denoising import DenoisingData, Noise
+from tx_lightning.data.errors import DataError
 from tx_lightning.data.tokenizers import PAD, Tokenizers, Words
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.nn import LearnedPositions
@@ -199,3 +207,21 @@ def test_a_tokenizer_that_pads_with_another_id_is_refused() -> None:
     task.network.pad_id = 1
     with pytest.raises(ValueError, match="pad_id is 1, but the tokenizer pads with 0"):
         task.attach(Tokenizers.one(word_pieces()))
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_rows_beyond_the_positions_are_refused_before_anything_runs(
+    noise: Noise, tmp_path: Path
+) -> None:
+    data = ready(make_data(noise))
+    whole = np.arange(1, 12 - 2 + 1)
+    longest = {
+        "encoder": int(noise.source_lengths(whole).max()),
+        "decoder": int(noise.target_lengths(whole).max()),
+    }
+    for side, tokens in longest.items():
+        trainer = make_trainer(tmp_path, max_steps=1)
+        with pytest.raises(DataError, match=f"data.max_length is 12, .*{tokens} tokens, more than"):
+            trainer.fit(Denoising(V, short_network(**{side: tokens})), datamodule=data)
+        trainer = make_trainer(tmp_path, max_steps=1)
+        trainer.fit(Denoising(V, short_network(**{side: tokens + 1})), datamodule=data)

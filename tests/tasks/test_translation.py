@@ -1,7 +1,7 @@
 """The translation task against hand-made sums: exact loss, exact resume, files."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tx_lightning.checkpoints import load_task
+from tx_lightning.data.errors import DataError
 from tx_lightning.data.sources import ParallelSource
 from tx_lightning.data.tokenizers import PAD, Words
 from tx_lightning.data.translation import TranslationData
 from tx_lightning.decoding import Beam, Greedy, Sampling
 from tx_lightning.models import EncoderDecoder
-from tx_lightning.nn import LearnedPositions
+from tx_lightning.nn import LearnedPositions, NoPositions
 from tx_lightning.nn.dropout import Dropout
+from tx_lightning.nn.positions import Positions
 from tx_lightning.tasks import Translation
 from tx_lightning.tasks.translation import Sample, TextTooLong
 
@@ -423,3 +425,61 @@ def test_a_row_of_samples_is_scored_as_the_corpus_is(lowercase: bool, tmp_path: 
     task.val_scores.bleu.update(["one two three four"], ["One Two Three Four"])
     assert row["bleu"] == round(float(task.val_scores.bleu.compute()), 2)
     assert row["bleu"] == (100 if lowercase else 0)
+
+
+def short_network(
+    encoder: int | None = None, decoder: int | None = None
+) -> Callable[[int], EncoderDecoder]:
+    """A network whose positions end there."""
+
+    def positions(d_model: int, n_heads: int, bidirectional: bool) -> Positions:
+        reach = encoder if bidirectional else decoder
+        if reach is None:
+            return NoPositions(d_model, n_heads, bidirectional)
+        return LearnedPositions(d_model, n_heads, bidirectional, max_length=reach)
+
+    return lambda vocab_size: EncoderDecoder(
+        vocab_size,
+        d_model=16,
+        n_heads=2,
+        n_encoder_layers=1,
+        n_decoder_layers=1,
+        d_ff=32,
+        positions=positions,
+    )
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_sentences_beyond_the_positions_are_refused_before_anything_runs(
+    stage: str, side: str, tmp_path: Path
+) -> None:
+    data = make_data()
+    data.prepare_data()
+    data.setup()
+    split = {"fit": "train", "validate": "val"}.get(stage, "test")
+    name = {"encoder": "source", "decoder": "target"}[side]
+    lengths = data.stores[split].lengths(name)
+    longest, place = int(lengths.max()), int(lengths.argmax())
+    task = make_task(network=short_network(**{side: longest}))
+    options = {"return_predictions": False} if stage == "predict" else {}
+    with pytest.raises(DataError) as caught:
+        getattr(make_trainer(tmp_path, max_steps=1), stage)(task, datamodule=data, **options)
+    which = f"a {name} sentence" if split == "train" else f"{name} sentence {place + 1}"
+    assert str(caught.value).startswith(
+        f"split '{split}': {which} has {longest} tokens, more than the {longest - 1} that the "
+        f"network's positions hold (max_length {longest}, with the end); "
+    )
+    fits = make_task(network=short_network(**{side: longest + 1}))
+    getattr(make_trainer(tmp_path, max_steps=1), stage)(fits, datamodule=data, **options)
+
+
+def test_a_text_beyond_the_positions_is_named() -> None:
+    data, task = make_data(), make_task(network=short_network(encoder=4))
+    data.prepare_data()
+    data.setup()
+    task.attach(data.tokenizers)
+    assert len(task.translate(["eins zwei drei"])) == 1
+    with pytest.raises(TextTooLong, match="text 1 has 4 tokens, more than the 3 that can") as error:
+        task.translate(["eins", "eins zwei drei vier"])
+    assert (error.value.index, error.value.tokens, error.value.most) == (1, 4, 3)

@@ -1,6 +1,7 @@
 """Small models of transformers with random weights, small tokenizers, and folders of both."""
 
 import json
+import random
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import sentencepiece
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -22,9 +24,11 @@ from transformers import (
     MarianMTModel,
 )
 
-from tx_lightning.checkpoints import load_task
-from tx_lightning.data.tokenizers import Tokenizer
+from tx_lightning.checkpoints import RECORD, checkpoint_record, load_task, write_atomically
+from tx_lightning.data.batches import padded, row_ids
+from tx_lightning.data.tokenizers import Tokenizer, Tokenizers, TokenizerTrainer, Words
 from tx_lightning.tasks import Task
+from tx_lightning.weights.importing import build_task
 
 ROWS = 320  # of the tables: more than the tokenizers have entries
 TEXTS = ["the quick brown fox jumps over the lazy dog.", "Hello world! Straße, naïve café"] * 20
@@ -192,3 +196,92 @@ def sentence_pieces(folder: Path) -> int:
         json.dumps({"tokenizer_class": "MarianTokenizer"}), "utf-8"
     )
     return len(entries)
+
+
+# Translation models that were trained here
+
+GERMAN = "ein zwei drei vier fünf sechs sieben acht neun zehn elf Katze Hund Straße geht".split()
+ENGLISH = "one two three four five six seven eight nine ten eleven cat dog street walks".split()
+HALVES = {"class_path": "tx_lightning.nn.SinusoidalPositions", "init_args": {"layout": "halves"}}
+KINDS: dict[str, dict[str, Any]] = {
+    "marian": {"positions": HALVES},
+    "bart": {
+        "positions": {
+            "class_path": "tx_lightning.nn.LearnedPositions",
+            "init_args": {"max_length": 48},
+        },
+        "embedding_norm": "torch.nn.LayerNorm",
+    },
+}
+
+
+def sentence_pairs(n: int, seed: int) -> list[tuple[str, str]]:
+    """Words and their translations; "drei" becomes two."""
+    chance, pairs = random.Random(seed), []
+    for _ in range(n):
+        words = [chance.randrange(len(GERMAN)) for _ in range(chance.randint(1, 7))]
+        target = [ENGLISH[i] for i in words for _ in range(2 if i == 2 else 1)]
+        pairs.append((" ".join(GERMAN[i] for i in words), " ".join(target)))
+    return pairs
+
+
+def trained(
+    path: Path,
+    kind: str,
+    *,
+    search: dict[str, Any] | None = None,
+    trainer: TokenizerTrainer | None = None,
+    vocab_size: int = 60,
+    unused: int = 0,
+    steps: int = 100,
+    **changes: Any,
+) -> None:
+    """Train a small translation model and write its checkpoint; it learns a part.
+
+    Args:
+        path: The checkpoint.
+        kind: What it can be exported to, marian or bart.
+        search: Arguments of the task that say how to search.
+        trainer: Of the tokenizer.
+        vocab_size: Most entries of the tokenizer.
+        unused: Rows of the embedding table without an entry.
+        steps: Of the optimizer.
+        changes: Arguments of the network.
+    """
+    data = sentence_pairs(400, seed=1)
+    tokenizer = (trainer or Words()).train((side for pair in data for side in pair), vocab_size)
+    sizes = {"d_model": 16, "n_heads": 2, "n_encoder_layers": 2, "n_decoder_layers": 2, "d_ff": 32}
+    settings = {
+        "class_path": "tx_lightning.tasks.Translation",
+        "init_args": {
+            "vocab_size": tokenizer.vocab_size + unused,
+            "network": {
+                "class_path": "tx_lightning.models.EncoderDecoder",
+                "init_args": {**sizes, "dropout": 0.0, **KINDS[kind], **changes},
+            },
+            **(search or {}),
+        },
+    }
+    task = build_task(settings)
+    network = task.get_submodule("network")
+    sources, targets = (tokenizer.encode_batch(side) for side in zip(*data, strict=True))
+    ids = row_ids(tokenizer)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2, betas=(0.9, 0.98))
+    chance = random.Random(0)
+    for _ in range(steps):
+        chosen = [chance.randrange(len(data)) for _ in range(32)]
+        source = padded([sources[i] for i in chosen], ids)
+        target = padded([targets[i] for i in chosen], ids, start=True)
+        logits = network(source, target[:, :-1])
+        cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    record = checkpoint_record(settings, Tokenizers.one(tokenizer).to_dict())
+    write_atomically({"state_dict": task.state_dict(), "global_step": 1, RECORD: record}, path)
+
+
+def change_checkpoint(path: Path, change: Any) -> None:
+    """Write a checkpoint anew after `change` was called with it."""
+    checkpoint = torch.load(path, weights_only=True)
+    change(checkpoint)
+    write_atomically(checkpoint, path)

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.weights import hugging_face as hf
+from tx_lightning.models import EncoderDecoder, LanguageModel, Tagger, TextEncoder
+from tx_lightning.nn import LearnedPositions, ReLUFeedForward
 from tx_lightning.weights import WeightsError, export_weights, import_weights
+from tx_lightning.weights.exporting import describe
 from tx_lightning.weights.folders import local_folder, read_tensors
 
 
@@ -246,6 +249,156 @@ def test_what_exists_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a small translation model."""
+    path = tmp_path_factory.mktemp("checkpoint") / "m.ckpt"
+    hf.trained(path, "bart", steps=0)
+    return path
+
+
+def test_an_empty_folder_stays_the_one_that_it_is(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current one, and one behind a link."""
+    here, linked = tmp_path / "here", tmp_path / "linked"
+    for folder in (here, linked):
+        folder.mkdir()
+    (tmp_path / "link").symlink_to(linked)
+    monkeypatch.chdir(here)
+    number, replace = here.stat().st_ino, Path.replace
+
+    def within(self: Path, target: Path) -> Path:
+        assert {here, linked, tmp_path / "link"} & {*self.parents}  # it may be a disk of its own
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", within)
+    export_weights(checkpoint, ".")
+    export_weights(checkpoint, tmp_path / "link")
+    assert here.stat().st_ino == number
+    assert Path.cwd() == here
+    assert (tmp_path / "link").is_symlink()
+    for folder in (here, linked):
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "config.json",
+            "generation_config.json",
+            "model.safetensors",
+            "special_tokens_map.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "else")
+    with pytest.raises(WeightsError, match="cannot be written: .*/file is a file"):
+        export_weights(checkpoint, tmp_path / "file" / "out")
+    with pytest.raises(WeightsError, match="file exists already"):
+        export_weights(checkpoint, tmp_path / "file")
+    with pytest.raises(WeightsError, match="dangling cannot be written: "):
+        export_weights(checkpoint, tmp_path / "dangling")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(WeightsError, match="there is no permission for "):
+        export_weights(checkpoint, tmp_path / "out")
+    with pytest.raises(WeightsError, match="there is no permission for "):
+        import_weights(str(tmp_path), tmp_path / "m.ckpt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.tmp").mkdir()  # somebody else's
+    (tmp_path / "empty").mkdir()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for name in ("out", "empty", "new/deep"):
+        with pytest.raises(WeightsError, match=f"{name} cannot be written: .*No space left"):
+            export_weights(checkpoint, tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [".out.tmp", "empty", "new"]
+
+
+class Other(nn.Module):
+    """A network of a researcher."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    """A small network with an option that is not everybody's."""
+    sizes: dict[str, Any] = {"d_model": 8, "n_heads": 2, "d_ff": 8}
+    layers = {"n_encoder_layers": 1, "n_decoder_layers": 1}
+    if name == "EncoderDecoder":
+        return EncoderDecoder(9, **{**sizes, **layers, **options})
+    if name == "LanguageModel":
+        return LanguageModel(9, **{**sizes, "n_layers": 1, "context_length": 8, **options})
+    encoder = {**sizes, "n_layers": 1, "max_length": 8, **options}
+    return Tagger(9, 2, encoder=lambda size: TextEncoder(size, **encoder))
+
+
+class OwnDecoder(EncoderDecoder):
+    """A subclass that may compute something else."""
+
+
+class OwnNorm(nn.LayerNorm):
+    """A norm that may compute something else."""
+
+
+class OwnPositions(LearnedPositions):
+    """Positions that may be something else."""
+
+
+class OwnFeedForward(ReLUFeedForward):
+    """A sublayer that may compute something else."""
+
+
+def plain_norm(width: int) -> nn.Module:
+    return nn.LayerNorm(width, elementwise_affine=False)
+
+
+@pytest.mark.parametrize("norm", [OwnNorm, plain_norm])
+@pytest.mark.parametrize("name", ["EncoderDecoder", "LanguageModel", "Tagger"])
+def test_a_norm_of_another_kind_is_refused(name: str, norm: Any) -> None:
+    changes = {"positions": LearnedPositions, "embedding_norm": norm}
+    options = changes if name == "EncoderDecoder" else {}
+    with pytest.raises(WeightsError, match="cannot be written as .*its norm is"):
+        describe(build(name, norm=norm, **options))
+
+
+@pytest.mark.parametrize("name", ["EncoderDecoder", "LanguageModel", "Tagger"])
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"positions": OwnPositions}, "its positions is OwnPositions"),
+        ({"feed_forward": OwnFeedForward}, "its feed_forward is OwnFeedForward"),
+        ({"n_layers": 0}, "layers is 0"),
+    ],
+)
+def test_classes_of_a_researcher_are_refused(name: str, options: Any, line: str) -> None:
+    if name == "EncoderDecoder":
+        defaults = {"positions": LearnedPositions, "embedding_norm": nn.LayerNorm}
+        options = {**defaults, **options}
+        if "n_layers" in options:
+            options["n_encoder_layers"] = options.pop("n_layers")
+    with pytest.raises(WeightsError, match=line):
+        describe(build(name, **options))
+
+
+@pytest.mark.parametrize(
+    "network", [Other(9), OwnDecoder(9, d_model=8, n_heads=2), nn.Linear(2, 2)]
+)
+def test_another_network_is_refused_with_what_is_supported(network: nn.Module) -> None:
+    with pytest.raises(WeightsError, match=f"a {type(network).__name__} cannot be written; supp"):
+        describe(network)
+
+
 # The hub
 
 
@@ -289,7 +442,10 @@ def test_without_hub_or_network_one_line_says_so(
         local_folder("openai-community/gpt2")
 
 
-@pytest.mark.parametrize("name", ["./models/gpt2", "/nowhere/at/all", "a/b/c", "../gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["./models/gpt2", "/nowhere/at/all", "a/b/c", "../gpt2", "a b", "a\nb", "é/ü ß", "a//b", "a:b"],
+)
 def test_a_path_is_no_name(name: str) -> None:
     with pytest.raises(WeightsError, match="there is no such folder$"):
         local_folder(name)

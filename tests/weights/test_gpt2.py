@@ -124,14 +124,14 @@ def test_another_task_is_refused(tokenizer: Any, tmp_path: Path) -> None:
         import_weights(folder, tmp_path / "m.ckpt", task="Tagging")
 
 
-def own(path: Path, **changes: Any) -> LanguageModel:
+def own(path: Path, rows: int = hf.ROWS, **changes: Any) -> LanguageModel:
     """Write the checkpoint of a language model that was trained here."""
     tokenizer = ByteLevelBPE().train(hf.TEXTS, 300)
     options = {"d_model": 16, "n_heads": 2, "n_layers": 2, "context_length": 24, **changes}
     settings = {
         "class_path": "tx_lightning.tasks.LanguageModeling",
         "init_args": {
-            "vocab_size": hf.ROWS,
+            "vocab_size": rows,
             "network": {"class_path": "tx_lightning.models.LanguageModel", "init_args": options},
         },
     }

@@ -115,6 +115,43 @@ def test_more_entries_than_rows_are_refused(tmp_path: Path) -> None:
         read(tmp_path, gpt2.FAMILY, eos_token_id=0, vocab_size=250)
 
 
+def test_ids_with_gaps_are_refused(tmp_path: Path) -> None:
+    """Tokens beyond the number of entries would never be generated."""
+    hf.byte_pairs(tmp_path, ["<|endoftext|>"])
+    path = tmp_path / "vocab.json"
+    entries = json.loads(path.read_text("utf-8"))
+    last = max(entries, key=entries.__getitem__)
+    path.write_text(json.dumps({**entries, last: 310}), "utf-8")
+    with pytest.raises(WeightsError, match="its ids have gaps: 300 entries, ids up to 310"):
+        read(tmp_path, gpt2.FAMILY, eos_token_id=0)
+
+
+@pytest.mark.parametrize("value", [3, True, [], ["</s>"], {}, {"content": 4}, 1.5])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_names_of_special_tokens_are_text(file: str, value: Any, tmp_path: Path) -> None:
+    hf.byte_pairs(tmp_path, ["<|endoftext|>"])
+    values = {"pad_token": value, "add_bos_token": True, "unk_token": None}
+    (tmp_path / file).write_text(json.dumps(values), "utf-8")
+    with pytest.raises(WeightsError, match=f"{file}: pad_token is .*; supported: the text of a to"):
+        read(tmp_path, gpt2.FAMILY, eos_token_id=0)
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0, [], {}])
+def test_options_of_tokenizers_are_true_or_false(value: Any, tmp_path: Path) -> None:
+    hf.byte_pairs(tmp_path / "pairs", ["<|endoftext|>"])
+    hf.bert_tokenizer(tmp_path / "words")
+    for folder, family, option in (
+        ("pairs", gpt2.FAMILY, "add_prefix_space"),
+        ("words", bert.FAMILY, "do_lower_case"),
+        ("words", bert.FAMILY, "strip_accents"),
+        ("words", bert.FAMILY, "tokenize_chinese_chars"),
+    ):
+        path = tmp_path / folder / "tokenizer_config.json"
+        path.write_text(json.dumps({option: value}), "utf-8")
+        with pytest.raises(WeightsError, match=f"{option} is .*; supported: true or false"):
+            read(tmp_path / folder, family, eos_token_id=0)
+
+
 # Marian and SentencePiece
 
 

@@ -22,6 +22,7 @@ from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import read_checkpoint
 from tx_lightning.pretrained import Pretrained, initialize
 from tx_lightning.tasks import Classification, LanguageModeling
+from tx_lightning.weights import WeightsError, import_weights
 from tx_lightning.weights.importing import IMPORTED, build_task
 
 
@@ -160,6 +161,73 @@ def test_errors_are_one_line(gpt2: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert "exists already" in said("export", out, gpt2)
     assert "there is no such file" in said("export", out + "x", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "line"),
+    [
+        ("import x", 2, "required: output"),
+        ("import --output m.ckpt", 2, "required: source"),
+        ("import x y --output m.ckpt", 2, "unrecognized arguments: y"),
+        ("import x --output", 2, "expected one argument"),
+        ("import x --output m.ckpt --n_texts 3", 2, "3 is not one of 1, 2"),
+        ("import x --output m.ckpt --n_texts two", 2, "n_texts"),
+        ("import x --output .", 1, ". is a folder: give the name of a file"),
+        ("import x --output file/m.ckpt", 1, "file/m.ckpt cannot be written: "),
+        ("import file --output m.ckpt", 1, "file is a file; give the folder that it is in"),
+        ("import ~nobody-here/x --output m.ckpt", 1, "there is no such folder"),
+        (f"import {'a' * 300} --output m.ckpt", 1, "there is no such folder"),
+        ("import a/b/c --output m.ckpt", 1, "a/b/c: there is no such folder"),
+        ("import a\x0bb --output m.ckpt", 1, "there is no such folder"),
+        ("import empty --output m.ckpt", 1, "empty has no config.json; it is empty"),
+        ("export x", 2, "required: folder"),
+        ("export x y z", 2, "unrecognized arguments: z"),
+        ("export x y --z 3", 2, "there is no 'z'"),
+        ("export x y", 1, "checkpoint x: there is no such file"),
+        ("export file y", 1, "checkpoint file"),
+        ("export x file", 1, "file exists already: choose a new folder"),
+        ("export x file/y", 1, "file/y cannot be written: "),
+        (f"export x {'a' * 300}", 1, "cannot be written: "),
+    ],
+)
+def test_missing_surplus_and_impossible_words(
+    words: str,
+    status: int,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    assert main(words.split(" ")) == status
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_pairs_of_texts_are_for_classifiers(gpt2: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="--n_texts 2: a LanguageModeling takes one text"):
+        import_weights(gpt2, tmp_path / "m.ckpt", n_texts=2)
+    with pytest.raises(WeightsError, match="--n_texts 3: a classifier takes 1 or 2 texts"):
+        import_weights(gpt2, tmp_path / "m.ckpt", n_texts=3)
+
+
+def test_what_a_folder_cannot_say_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf.trained(tmp_path / "m.ckpt", "marian", steps=0)
+    assert main(["export", str(tmp_path / "m.ckpt"), str(tmp_path / "out")]) == 0
+    first, *notes, last = capsys.readouterr().out.splitlines()
+    assert first == "MarianMTModel"
+    assert notes[0].startswith("length_penalty 0.6 is written as 0.48: ")
+    assert notes[1].startswith("the length limit is 1,024 tokens: ")
+    assert len(notes) == 2
+    assert last.endswith("out")
 
 
 @pytest.mark.parametrize("verb", ["import", "export"])

@@ -19,6 +19,7 @@ from tx_lightning.callbacks.modes import mode
 from tx_lightning.callbacks.pictures import save
 from tx_lightning.data.module import TextData
 from tx_lightning.nn.attention import record_attention, recordable_attentions
+from tx_lightning.nn.checks import check_size
 from tx_lightning.tasks import LanguageModeling
 from tx_lightning.tasks.task import Labels, Task
 
@@ -61,6 +62,8 @@ class AttentionLogger(Callback):
                 f"every_n_steps={every_n_steps} of AttentionLogger must be at least 1, "
                 "or null to log after each validation"
             )
+        if every_n_steps is not None:
+            check_size("every_n_steps", every_n_steps)
         self.examples = list(examples)
         self.layers = layers
         self.heads = heads

@@ -7,6 +7,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from tx_lightning.averaging import average_checkpoints, best_checkpoints, last_checkpoints
+from tx_lightning.loggers import WandB
+from tx_lightning.nn.checks import check_size
 
 
 class CheckpointAveraging(Callback):
@@ -27,6 +29,7 @@ class CheckpointAveraging(Callback):
     def __init__(self, n: int = 10, best: str | None = None) -> None:
         if n < 1:
             raise ValueError(f"n={n} of CheckpointAveraging must be at least 1")
+        check_size("n", n)
         self.n = n
         self.best = best
 
@@ -42,10 +45,13 @@ class CheckpointAveraging(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = _folder(trainer)
         if trainer.is_global_zero and folder is not None:
-            self._average(folder)
+            averaged = self._average(folder)
+            for logger in trainer.loggers:
+                if averaged is not None and isinstance(logger, WandB):
+                    logger.log_checkpoint(averaged, ["averaged"])
         trainer.strategy.barrier("averaged")
 
-    def _average(self, folder: Path) -> None:
+    def _average(self, folder: Path) -> Path | None:
         if self.best is None:
             paths = last_checkpoints(folder, self.n)
         else:
@@ -53,10 +59,11 @@ class CheckpointAveraging(Callback):
         if not paths:
             scored = "" if self.best is None else f" with {self.best}"
             rank_zero_info(f"CheckpointAveraging: {folder} has no checkpoints{scored} to average")
-            return
+            return None
         out = folder / "averaged.ckpt"
         average_checkpoints(paths, out)
         rank_zero_info(f"averaged {len(paths)} checkpoints (n={self.n}) into {out}")
+        return out
 
 
 def _folder(trainer: Trainer) -> Path | None:

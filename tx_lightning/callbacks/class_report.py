@@ -3,7 +3,6 @@
 Shapes: C classes.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from tx_lightning.callbacks.pictures import new_figure, save, visible, width_of, write
 from tx_lightning.metrics import Confusion
+from tx_lightning.strict_json import to_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,7 +152,7 @@ def _write(path: Path, step: int, labels: list[str], confusion: Confusion) -> No
         "confusion": confusion.counts.tolist(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _chart(labels: list[str], confusion: Confusion, title: str) -> Any:

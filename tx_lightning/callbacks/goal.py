@@ -1,5 +1,7 @@
 """A number that a run must reach, so that a script can tell success from failure."""
 
+import math
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
@@ -25,6 +27,9 @@ class Goal(Callback):
     ) -> None:
         if at_least is None and at_most is None:
             raise ValueError(f"Goal for {metric} has no bound: give at_least or at_most")
+        for name, bound in (("at_least", at_least), ("at_most", at_most)):
+            if bound is not None and not math.isfinite(bound):
+                raise ValueError(f"{name}={bound} of Goal must be a finite number")
         self.metric = metric
         self.at_least = at_least
         self.at_most = at_most

@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from tx_lightning.nn.checks import check_size
 from tx_lightning.tasks.resuming import FROM_CONFIGURATION
 
 Rates = list[list[float]]  # per optimizer, per parameter group
@@ -32,6 +33,7 @@ class LRWarmup(Callback):
                 f"warmup_steps={warmup_steps} of LRWarmup must not be negative: "
                 "give a number of optimizer steps, 0 for no warmup"
             )
+        check_size("warmup_steps", warmup_steps, least=0)
         self.warmup_steps = warmup_steps
         self._scheduled: Rates | None = None  # the schedule's rates while the optimizer's are less
         self._rates_replaced = False  # in the checkpoint that training resumes from

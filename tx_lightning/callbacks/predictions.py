@@ -1,11 +1,14 @@
 """Hypotheses of `predict`, in the order of the input, merged from all processes."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tx_lightning.strict_json import to_json
 
 
 class Scored(Protocol):
@@ -56,7 +59,7 @@ class PredictionWriter(Callback):
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, hypotheses in outputs:
                 row: list[Any] = [index, [[h.score, one_line_of(h.text)] for h in hypotheses]]
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.barrier("predictions")
@@ -92,4 +95,6 @@ def _rows(part: Path) -> Iterator[tuple[int, list[tuple[float, str]]]]:
     with part.open(encoding="utf-8") as file:
         for line in file:
             index, hypotheses = json.loads(line)
-            yield index, [(score, text) for score, text in hypotheses]
+            # A score that is not finite was written as null.
+            scored = [(math.nan if score is None else score, text) for score, text in hypotheses]
+            yield index, scored

@@ -1,5 +1,6 @@
 """What a run is: its configuration, size, data and scores, told to the loggers and checkpoints."""
 
+import math
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -64,8 +65,12 @@ class RunRecord(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        values = trainer.callback_metrics.items()
-        self._metrics = {name: float(value) for name, value in values if name.startswith("val/")}
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self._metrics = {
+            name: value
+            for name, value in values.items()
+            if name.startswith("val/") and math.isfinite(value)  # NaN is never best
+        }
         self._step = trainer.global_step
 
     def on_save_checkpoint(

@@ -1,6 +1,5 @@
 """Show what the model says: a few examples of each evaluation, as the task shows them."""
 
-import json
 from pathlib import Path
 
 import rich
@@ -11,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tx_lightning.decoding import NotFinite
+from tx_lightning.nn.checks import check_size
+from tx_lightning.strict_json import to_json
 from tx_lightning.tasks.task import Row, Task
 
 
@@ -34,6 +35,7 @@ class SampleLogger(Callback):
     def __init__(self, n: int = 5, console: bool = True) -> None:
         if n < 1:
             raise ValueError(f"n={n} of SampleLogger must be at least 1: remove it to log none")
+        check_size("n", n)
         self.n = n
         self.console = console
 
@@ -73,7 +75,7 @@ class SampleLogger(Callback):
 
 def _append(path: Path, step: int, rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"step": step, **row}, ensure_ascii=False) for row in rows]
+    lines = [to_json({"step": step, **row}, ensure_ascii=False) for row in rows]
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(f"{line}\n" for line in lines))
 

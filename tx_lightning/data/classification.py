@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from tx_lightning.data.batches import Batch, RowIds, padded, row_ids
 from tx_lightning.data.blocks import IGNORED
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.labelled_sources import LabelledSource
 from tx_lightning.data.labels import (
     LabelFile,
@@ -27,7 +27,7 @@ from tx_lightning.data.labels import (
     tell_too_long,
     unknown_label,
 )
-from tx_lightning.data.module import Record, TextData, check_at_least
+from tx_lightning.data.module import Record, TextData
 from tx_lightning.data.plans import Lengths
 from tx_lightning.data.sampler import Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.store import Counts, Store

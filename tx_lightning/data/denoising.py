@@ -8,6 +8,7 @@ id vocab_size - 1 - k.
 Shapes: N tokens of a segment.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -16,17 +17,18 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from tx_lightning.data.batches import RowIds, TranslationBatch, pair_batch, row_ids
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.masking import mask_id
 from tx_lightning.data.sampler import ShardSampler, Share, TokenBatchSampler
 from tx_lightning.data.segments import AROUND, EVALUATION_SEED, SegmentData, Segments
-from tx_lightning.data.store import Store
+from tx_lightning.data.store import SIDES, Store
 from tx_lightning.data.text_sources import TextSource
 from tx_lightning.data.tokenizers import ByteLevelBPE, Tokenizer, TokenizerTrainer
 
 Ids = npt.NDArray[Any]
 Counts = npt.NDArray[np.int64]
 
+LONGEST_SPAN = 1_000  # tokens, on average
 _DAMAGE = 2  # keeps these random numbers apart from those that order the examples
 
 
@@ -101,13 +103,14 @@ class SpanCorruption(Noise):
         self, *, rate: float = 0.15, mean_span: float = 3.0, n_sentinels: int = 100
     ) -> None:
         _check_rate("SpanCorruption", rate)
-        if mean_span < 1:
+        if not 1 <= mean_span < math.inf:
             raise DataError(f"SpanCorruption: mean_span is {mean_span}; it must be at least 1")
         if n_sentinels < 2:
             raise DataError(
                 f"SpanCorruption: n_sentinels is {n_sentinels}; it must be at least 2, one for a "
                 "span and one for the end of the target"
             )
+        check_at_least("SpanCorruption: n_sentinels", n_sentinels, 2)
         self.rate = rate
         self.mean_span = mean_span
         self.n_sentinels = n_sentinels
@@ -177,8 +180,11 @@ class TextInfilling(Noise):
 
     def __init__(self, *, rate: float = 0.3, poisson: float = 3.0) -> None:
         _check_rate("TextInfilling", rate)
-        if poisson <= 0:
-            raise DataError(f"TextInfilling: poisson is {poisson}; it must be above 0")
+        if not 0 < poisson <= LONGEST_SPAN:
+            raise DataError(
+                f"TextInfilling: poisson is {poisson}; it must be above 0 and at most "
+                f"{LONGEST_SPAN:,}"
+            )
         self.rate = rate
         self.poisson = poisson
 
@@ -334,6 +340,27 @@ class DenoisingData(SegmentData[TranslationBatch]):
                 f"{self.max_length} needs {needed}; raise n_sentinels or mean_span, or lower rate "
                 "or max_length"
             )
+
+    def check_reach(self, source: int | None, target: int | None) -> None:
+        """Refuse rows that may be longer than the positions of a network reach.
+
+        Args:
+            source: The longest sequence of the encoder, EOS included; None: there is no limit.
+            target: That of the decoder, likewise.
+
+        Raises:
+            DataError: Says how long they may be.
+        """
+        lengths = np.arange(1, self.max_length - AROUND + 1)
+        sides = self.noise.source_lengths(lengths), self.noise.target_lengths(lengths)
+        for side, rows, reach in zip(SIDES, sides, (source, target), strict=True):
+            if reach is not None and rows.max() >= reach:
+                raise DataError(
+                    f"data.max_length is {self.max_length:,}, so that a {side} may have "
+                    f"{rows.max():,} tokens, more than the {reach - 1:,} that the network's "
+                    f"positions hold (max_length {reach:,}, with the end); lower data.max_length, "
+                    "raise max_length of the positions, or use a scheme without a limit"
+                )
 
     def check(self, stores: dict[str, Store]) -> None:
         super().check(stores)

@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Sequence
 
+import numpy as np
+
+LARGEST = 2**62  # sums of such numbers fit into 64 bits
 _LISTED = 10
 _COMPARED = 1000
 _LONGEST = 60  # characters of a name; a header line may hold a million
@@ -10,6 +13,33 @@ _LONGEST = 60  # characters of a name; a header line may hold a million
 
 class DataError(ValueError):
     """The user's data cannot be used; the message is one line: what, where, and the remedy."""
+
+
+def check_at_least(name: str, value: object, least: int, most: int = LARGEST) -> None:
+    """Refuse an argument that is no integer from `least` to `most`.
+
+    Raises:
+        DataError: Says which argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise DataError(f"{name} is {value!r}; it must be an integer")
+    if value < least:
+        raise DataError(f"{name} is {value}; it must be at least {least}")
+    if value > most:
+        raise DataError(f"{name} is {value}; it must be at most {most:,}")
+
+
+def check_texts(texts: object) -> None:
+    """Refuse one text where several are expected: its letters are not meant.
+
+    Raises:
+        DataError: Says how to give one.
+    """
+    if isinstance(texts, str | bytes):
+        raise DataError(
+            f"a list of texts is expected, not the one text {_shortened(str(texts))!r}: give it as "
+            "[text]"
+        )
 
 
 def listed(names: Sequence[str], wanted: str) -> str:

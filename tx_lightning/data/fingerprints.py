@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tx_lightning.data.errors import DataError
 from tx_lightning.data.folders import cache_folder
+from tx_lightning.data.text import check_regular
 
 _SETTLED = 2_000_000_000  # ns; a file changed again within the clock's tick keeps its times
 
@@ -25,6 +26,7 @@ def file_sha256(path: str | Path) -> str:
     """
     path = Path(path).expanduser()
     try:
+        check_regular(path)
         identity, changed = _identity(path)
         note = cache_folder() / "sha256" / identity
         if (known := _read(note)) is not None:

@@ -14,7 +14,7 @@ from functools import cache
 from random import Random
 from typing import Literal
 
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.grammar_rules import rules
 from tx_lightning.data.sources import ParallelSource
 from tx_lightning.data.synchronous_grammar import SynchronousGrammar, Tree
@@ -23,6 +23,7 @@ Language = Literal["de", "en"]
 Polarity = Literal["positive", "negative"]
 
 _FIELDS = {"de": "german", "en": "english"}
+MOST_SENTENCES = 10**9
 _VERSION = 1  # raise it when the same rules and seed give other sentences
 # The share of all sentences, by probability, that may appear in a split.
 _SHARES = {"train": 0.8, "val": 0.1, "test": 0.1}
@@ -89,8 +90,8 @@ class Grammar(ParallelSource):
             raise DataError(f"Grammar: both languages are {source_language!r}; name two")
         self.sizes = {"train": n_train, "val": n_val, "test": n_test}
         for split, size in self.sizes.items():
-            if size < 1:
-                raise DataError(f"Grammar: n_{split} is {size}; it must be at least 1")
+            check_at_least(f"Grammar: n_{split}", size, 1, most=MOST_SENTENCES)
+        check_at_least("Grammar: seed", seed, 0)
         self.source_language = source_language
         self.target_language = target_language
         self.seed = seed

@@ -19,6 +19,7 @@ from tx_lightning.data.sources import (
     FileSource,
     Source,
     check_column,
+    check_width,
     column_number,
     json_objects,
     kind_of,
@@ -86,6 +87,8 @@ class LabelledSource(Source):
 class _Table(FileSource, LabelledSource):
     """Examples in files with a row each; a format adds how a file is cut into rows.
 
+    All rows of a file have as many columns as the first.
+
     Args:
         files: The file of each split.
         text: Column of the text, by number or name.
@@ -129,10 +132,14 @@ class _Table(FileSource, LabelledSource):
                 raise DataError(f"{file} is empty: it has no rows")
         columns = [column_number(column, header, file) for column in self.columns.values()]
         empty = True
+        width = None if header is None else len(header)
         for line, fields in rows:
-            empty = False
             where = f"{file}, line {line}"
-            _check_width(fields, header, max(columns), where)
+            if header is None:
+                _check_column(fields, max(columns), where)
+            width = len(fields) if width is None else width
+            check_width(fields, width, where, header is not None)
+            empty = False
             text, label, *second = (checked(fields[column], where) for column in columns)
             yield LabelledText(text, second[0] if second else None, _filled(label, where), where)
         if empty:
@@ -142,6 +149,8 @@ class _Table(FileSource, LabelledSource):
 
 class LabelledTSV(_Table):
     """A file with tab-separated columns for each split, plain or gzip; quotes mean nothing.
+
+    All rows have as many columns as the first.
 
     Args:
         train: The file of the split `train`.
@@ -176,7 +185,7 @@ class LabelledCSV(_Table):
     """A file with comma-separated columns for each split, plain or gzip.
 
     A field in double quotes may contain commas, line feeds (each becomes a space) and, doubled,
-    quotes (RFC 4180).
+    quotes (RFC 4180). All rows have as many fields as the first.
 
     Args:
         train: The file of the split `train`.
@@ -516,10 +525,8 @@ def _filled(label: str, where: str) -> str:
     return label
 
 
-def _check_width(fields: list[str], header: list[str] | None, last: int, where: str) -> None:
-    """Refuse a row that cannot be told apart into the columns there are."""
-    if header is not None and len(fields) != len(header):
-        raise DataError(f"{where} has {len(fields)} fields, but the header has {len(header)}")
+def _check_column(fields: list[str], last: int, where: str) -> None:
+    """Refuse a row that ends before the last column that is asked for."""
     if last >= len(fields):
         columns = ", ".join(map(str, range(min(len(fields), 10))))
         raise DataError(f"{where} has no column {last}; its columns are {columns}")

@@ -14,6 +14,7 @@ from tx_lightning.data.module import Place
 from tx_lightning.data.plans import Indices, Lengths
 from tx_lightning.data.sampler import ShardSampler, TokenBatchSampler
 from tx_lightning.data.store import FORMAT, Counts, digest
+from tx_lightning.strict_json import to_json
 
 TooLong = Literal["cut", "drop", "refuse"]
 
@@ -89,7 +90,7 @@ class LabelFile:
         """Collect the labels where they are not there yet."""
 
         def build(folder: Path) -> None:
-            text = json.dumps(collect(), ensure_ascii=False, indent=1)
+            text = to_json(collect(), ensure_ascii=False, indent=1)
             (folder / "labels.json").write_text(text, encoding="utf-8")
 
         build_once(self.folder, build)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from tx_lightning.data.blocks import BlockBatch, BlockBatches, BlockSampler, Windows, WindowSampler
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.loader import BatchLoader, LoadersInTurn
-from tx_lightning.data.module import Record, TextData, check_at_least
+from tx_lightning.data.module import Record, TextData
 from tx_lightning.data.sampler import Share, StepSampler
 from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.text_sources import TextSource
@@ -74,6 +74,7 @@ class LanguageModelingData(TextData[Store, BlockBatch]):
         cache_dir: str | None = None,
     ) -> None:
         check_at_least("block_length", block_length, 1)
+        check_at_least("sliding_stride", sliding_stride or 0, 0)
         if sliding_stride is not None and not 1 <= sliding_stride <= block_length:
             raise DataError(
                 f"sliding_stride is {sliding_stride}; it must be from 1 to block_length "

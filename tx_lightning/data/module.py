@@ -1,6 +1,7 @@
 """What the data modules of all tasks share: cache, tokenizers, splits, loaders on every rank."""
 
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,20 +12,27 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from tx_lightning.data.batches import Batch, Batches
 from tx_lightning.data.cache import CacheError, Progress, build_once
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.fingerprints import file_sha256
 from tx_lightning.data.folders import cache_folder
 from tx_lightning.data.loader import BatchLoader, ResumableLoader
 from tx_lightning.data.sampler import EvaluationSampler, Share, StepSampler
 from tx_lightning.data.sources import Source
 from tx_lightning.data.store import FORMAT, SIDES, Store, digest, store_key
-from tx_lightning.data.text import read_lines
-from tx_lightning.data.tokenizers import UNK, Tokenizers, TokenizerTrainer, check_capacity
+from tx_lightning.data.text import decoded_lines, missing, open_binary, spooled
+from tx_lightning.data.tokenizers import (
+    MOST_ENTRIES,
+    UNK,
+    Tokenizers,
+    TokenizerTrainer,
+    check_capacity,
+)
 
 S = TypeVar("S", bound=Store)
 B = TypeVar("B", bound=Batch)
 
 Record = tuple[str, ...]
+MOST_WORKERS = 1_000
 _LEARNED_CHARACTERS = 5_000  # A longer text is not one sentence, and learning is quadratic in it.
 
 
@@ -64,6 +72,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     Attributes:
         given_tokenizers: Set by whoever starts from pretrained weights: used instead of new ones.
+        stores: What was opened, by split or name.
         statistics: Counts of the data, for the loggers.
 
     Raises:
@@ -78,6 +87,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
     val_store: S
     test_store: S
     predict_store: S
+    stores: dict[str, S]
     tokenizers: Tokenizers
 
     def __init__(
@@ -101,10 +111,10 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         # On more processes than evaluation batches, some have nothing to do.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         eval_batch_tokens = batch_tokens if eval_batch_tokens is None else eval_batch_tokens
-        check_at_least("vocab_size", vocab_size, UNK + 2 + reserved)
+        check_at_least("vocab_size", vocab_size, UNK + 2 + reserved, most=MOST_ENTRIES)
         check_at_least("batch_tokens", batch_tokens, 1)
         check_at_least("eval_batch_tokens", eval_batch_tokens, 1)
-        check_at_least("num_workers", num_workers, 0)
+        check_at_least("num_workers", num_workers, 0, most=MOST_WORKERS)
         check_at_least("seed", seed, 0)
         self.source = source
         self.vocab_size = vocab_size
@@ -118,6 +128,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         self.seed = seed
         self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
         self.given_tokenizers: Tokenizers | None = None
+        self._copy: Path | None = None  # of predict_file; deleted with this object
         self._planned: tuple[tuple[S, Place, int], StepSampler] | None = None
         self.statistics: dict[str, int | float | str] = {}
 
@@ -200,8 +211,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
             if split == self.train_split or counts.cut:
                 print(f"{split}: {counts}", file=sys.stderr)
         if self.predict_file is not None and stage in (None, TrainerFn.PREDICTING):
-            lines = (self.predict_record(line) for line in read_lines(self.predict_file))
-            build_once(self._predict_folder(), lambda folder: self.write(folder, None, lines))
+            build_once(self._predict_folder(), self._write_predicted)
 
     def _check_split(self, split: str, stage: TrainerFn | None) -> None:
         try:
@@ -223,6 +233,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         if self.trainer is not None and self.trainer.world_size > 1:
             self._check_same_everywhere()
         stores = {split: self.store_type(self.store_folder(split)) for split in self._splits(stage)}
+        self.stores = stores
         for split, store in stores.items():
             _check_not_empty(split, store)
         if self.train_split in stores:
@@ -234,7 +245,7 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         if stage in (None, "predict"):
             if self.predict_file is not None:
                 self.predict_store = self.store_type(self._predict_folder())
-                stores = {**stores, self.predict_file: self.predict_store}
+                stores[self.predict_file] = self.predict_store
             elif self.test_split in stores:
                 self.predict_store = self.test_store
         self.check(stores)
@@ -362,8 +373,30 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
         return self._records_folder(self.source.fingerprint(split), self.store_settings(split))
 
     def _predict_folder(self) -> Path:
+        return self._records_folder(file_sha256(self._predicted()), self.store_settings(None))
+
+    def _predicted(self) -> Path:
+        """The file to predict, or a copy where it is a pipe or the like."""
         assert self.predict_file is not None
-        return self._records_folder(file_sha256(self.predict_file), self.store_settings(None))
+        path = Path(self.predict_file).expanduser()
+        if path.is_file():
+            return path
+        if not path.exists():
+            raise DataError(missing(path))
+        if self.place().world_size > 1:
+            raise DataError(
+                f"predict_file: {path} can be read only once, and there are several processes; "
+                "write its content to a file and name that"
+            )
+        if self._copy is None:
+            self._copy = spooled(path, self.cache)
+            weakref.finalize(self, self._copy.unlink, missing_ok=True)
+        return self._copy
+
+    def _write_predicted(self, folder: Path) -> None:
+        with open_binary(self._predicted()) as file:
+            lines = decoded_lines(file, str(self.predict_file))
+            self.write(folder, None, (self.predict_record(line) for line in lines))
 
     def _records_folder(self, fingerprint: str, settings: dict[str, Any] | None) -> Path:
         return self.cache / self.folder / store_key(fingerprint, self.tokenizers, settings)
@@ -457,12 +490,6 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
 
     def _on_gpu(self) -> bool:
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Refuse an argument below `least`."""
-    if value < least:
-        raise DataError(f"{name} is {value}; it must be at least {least}")
 
 
 def _check_not_empty(split: str, store: Store) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tx_lightning.data.batches import Batch
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least
 from tx_lightning.data.language_modeling import pieces
-from tx_lightning.data.module import Record, TextData, check_at_least
+from tx_lightning.data.module import Record, TextData
 from tx_lightning.data.sampler import Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.store import Counts, Store
 from tx_lightning.data.text_sources import TextSource
@@ -25,6 +25,7 @@ B = TypeVar("B", bound=Batch)
 
 TEXT = "text"
 AROUND = 2  # BOS before a segment and EOS after it
+MOST_TOKENS = 1_000_000  # of a row
 EVALUATION_SEED = 0  # what is hidden in evaluation is the same in all runs, whatever their seed
 
 
@@ -109,7 +110,7 @@ class SegmentData(TextData[Store, B]):
         seed: int,
         cache_dir: str | None,
     ) -> None:
-        check_at_least("max_length", max_length, AROUND + 1)
+        check_at_least("max_length", max_length, AROUND + 1, most=MOST_TOKENS)
         super().__init__(
             source,
             vocab_size,

@@ -141,7 +141,8 @@ class TextPairs(FilePairs):
 class TSV(FilePairs):
     """A file with tab-separated columns for each split, plain or gzip; quotes mean nothing.
 
-    An empty line is a pair of empty texts.
+    An empty line is a pair of empty texts. All other lines have as many columns as the first one:
+    a tab too many or too few would put a text into another column.
 
     Args:
         train: The file of the split `train`.
@@ -175,10 +176,13 @@ class TSV(FilePairs):
             header = next(lines).split("\t")
         source, target = (column_number(column, header, file) for column in self.columns)
         header_only = header is not None
+        width = None if header is None else len(header)
         for number, line in enumerate(lines, start=1 if header is None else 2):
             header_only = False
             fields = line.split("\t")
             if max(source, target) < len(fields):
+                width = len(fields) if width is None else width
+                check_width(fields, width, f"{file}, line {number}", header is not None)
                 yield fields[source], fields[target]
             elif line == "":
                 yield "", ""
@@ -286,8 +290,29 @@ def one_file(file: str | None) -> tuple[str, ...] | None:
 
 def check_column(kind: str, option: str, column: int | str | None) -> None:
     """Refuse the number of a column that no file can have."""
-    if isinstance(column, int) and column < 0:
+    if isinstance(column, str | None):
+        return
+    if isinstance(column, bool) or not isinstance(column, int):
+        raise DataError(f"{kind}: {option} is {column!r}; it must be a number or a name")
+    if column < 0:
         raise DataError(f"{kind}: {option} is {column}, but columns are numbered from 0")
+
+
+def check_width(fields: list[str], width: int, where: str, has_header: bool) -> None:
+    """Refuse a row of another number of columns than the first row of its file.
+
+    Args:
+        fields: The row.
+        width: Columns of the first row.
+        where: File and line, to open the message with.
+        has_header: Whether the first row is a header.
+
+    Raises:
+        DataError: They differ.
+    """
+    if len(fields) != width:
+        first = "the header" if has_header else "the first row"
+        raise DataError(f"{where} has {len(fields)} fields, but {first} has {width}")
 
 
 def column_number(column: int | str, header: list[str] | None, file: str) -> int:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import LARGEST, DataError, check_at_least
 from tx_lightning.data.grammar import Grammar
 from tx_lightning.data.labelled_sources import label_of, sorted_labels
 from tx_lightning.data.sources import FileSource, Source, json_objects, kind_of, one_file, value_at
@@ -74,6 +74,8 @@ class CoNLL(FileSource, TaggedSource):
         word_column: int = 0,
         tag_column: int = -1,
     ) -> None:
+        check_at_least("CoNLL: word_column", word_column, -LARGEST)
+        check_at_least("CoNLL: tag_column", tag_column, -LARGEST)
         self.columns = (word_column, tag_column)
         files = {"train": one_file(train), "val": one_file(val), "test": one_file(test)}
         super().__init__(files, repr(self.columns))

@@ -22,7 +22,7 @@ from tx_lightning.data.grammar import Grammar, Language
 from tx_lightning.data.huggingface import HubRows
 from tx_lightning.data.sources import FileSource, ParallelSource, Source, string_at
 from tx_lightning.data.synchronous_grammar import Tree
-from tx_lightning.data.text import checked, nul_byte, open_binary, read_lines
+from tx_lightning.data.text import checked_document, nul_byte, open_binary, read_lines
 
 Document = Literal["file", "line", "paragraph"]
 Side = Literal["source", "target", "both"]
@@ -393,8 +393,7 @@ class HuggingFaceTexts(TextSource):
     def _read(self, split: str) -> Iterator[str]:
         for where, row in self._rows.rows(split):
             text = string_at(row, self.key, where)
-            lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-            if text := "\n".join(checked(line, where) for line in lines):
+            if text := checked_document(text, where):
                 yield text
 
 

@@ -21,9 +21,10 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from tx_lightning.data.errors import DataError
+from tx_lightning.data.errors import DataError, check_at_least, check_texts
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
+MOST_ENTRIES = 10_000_000  # of a vocabulary; learning reserves memory for as many
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
 _SPECIAL_ENTRIES = [f"{name} " for name in SPECIAL_NAMES]
 _OURS = (
@@ -134,6 +135,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS."""
+        check_texts(texts)
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         if self._prefix:
             return [self._prefix + encoding.ids for encoding in encodings]
@@ -141,6 +143,9 @@ class Tokenizer:
 
     def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Token ids of each word of each sentence; a word of nothing is one unknown token."""
+        check_texts(sentences)
+        for words in sentences:
+            check_texts(words)
         flat = self._model.encode_batch_fast(
             [word for words in sentences for word in words], add_special_tokens=False
         )
@@ -263,6 +268,7 @@ class TokenizerTrainer(ABC):
         trainer: trainers.Trainer,
         texts: Iterable[str],
     ) -> Tokenizer:
+        check_texts(texts)
         model.train_from_iterator(texts, trainer=trainer)
         settings = json.loads(model.to_str())
         # The trainer also lists the special tokens as "added", to be searched for in all text.
@@ -314,6 +320,7 @@ class ByteLevelBPE(TokenizerTrainer):
                 f"vocab_size is {vocab_size}, but ByteLevelBPE needs at least {smallest} "
                 "(256 bytes and 4 special tokens); set vocab_size higher or use Characters"
             )
+        check_at_least("vocab_size", vocab_size, smallest, most=MOST_ENTRIES)
         model = tokenizers.Tokenizer(models.BPE())
         model.normalizer = self._normalizer(normalizers.Prepend(" "))
         model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -338,6 +345,7 @@ class Unigram(TokenizerTrainer):
     """
 
     def train(self, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        check_at_least("vocab_size", vocab_size, len(_SPECIAL_ENTRIES) + 1, most=MOST_ENTRIES)
         model = tokenizers.Tokenizer(models.Unigram())
         model.normalizer = self._normalizer(normalizers.Prepend(" "))
         model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -405,6 +413,7 @@ def _word_level(vocab_size: int) -> tokenizers.Tokenizer:
             f"vocab_size is {vocab_size}; it must be above {len(_SPECIAL_ENTRIES)}, "
             "the number of special tokens"
         )
+    check_at_least("vocab_size", vocab_size, len(_SPECIAL_ENTRIES) + 1, most=MOST_ENTRIES)
     return tokenizers.Tokenizer(models.WordLevel(unk_token=_SPECIAL_ENTRIES[UNK]))
 
 

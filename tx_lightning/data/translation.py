@@ -1,5 +1,6 @@
 """The data of a translation task: from a source of sentence pairs to batches on every rank."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from tx_lightning.data.batches import PairBatches, TranslationBatch
-from tx_lightning.data.errors import DataError
-from tx_lightning.data.module import Record, TextData, check_at_least
+from tx_lightning.data.errors import DataError, check_at_least
+from tx_lightning.data.module import Record, TextData
 from tx_lightning.data.sampler import ShardSampler, Share, StepSampler, TokenBatchSampler
 from tx_lightning.data.sources import ParallelSource
 from tx_lightning.data.store import SIDES, PairStore
@@ -78,7 +79,8 @@ class TranslationData(TextData[PairStore, TranslationBatch]):
         cache_dir: str | None = None,
     ) -> None:
         check_at_least("max_length", max_length, 1)
-        check_at_least("max_length_ratio", max_length_ratio or 1, 1)
+        if max_length_ratio is not None and not 1 <= max_length_ratio < math.inf:
+            raise DataError(f"max_length_ratio is {max_length_ratio}; it must be at least 1")
         super().__init__(
             source,
             vocab_size,
@@ -166,6 +168,33 @@ class TranslationData(TextData[PairStore, TranslationBatch]):
             else:
                 name = split if split == self.predict_file else f"split {split!r}"
                 _check_lengths(name, store)
+
+    def check_reach(self, source: int | None, target: int | None) -> None:
+        """Refuse sentences that are longer than the positions of a network reach.
+
+        Args:
+            source: The longest sequence of the encoder, EOS included; None: there is no limit.
+            target: That of the decoder, likewise.
+
+        Raises:
+            DataError: Says which sentence of which split.
+        """
+        for split, store in self.stores.items():
+            for side, reach in zip(SIDES, (source, target), strict=True):
+                longest = store.row_lengths(side).max()
+                if reach is None or longest < reach:
+                    continue
+                if split == self.train_split:
+                    where, remedy = f"split {split!r}: a {side} sentence", "lower data.max_length"
+                else:
+                    number = int(store.lengths(side).argmax()) + 1
+                    name = split if split == self.predict_file else f"split {split!r}"
+                    where, remedy = f"{name}: {side} sentence {number}", "shorten it"
+                raise DataError(
+                    f"{where} has {longest:,} tokens, more than the {reach - 1:,} that the "
+                    f"network's positions hold (max_length {reach:,}, with the end); {remedy}, "
+                    "raise max_length of the positions, or use a scheme without a limit"
+                )
 
     def _check_budget(self, store: PairStore) -> None:
         longest = max(store.row_lengths(side, extra=1).max() for side in SIDES)

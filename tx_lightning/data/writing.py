@@ -17,6 +17,7 @@ import numpy as np
 
 from tx_lightning.data.store import SIDES, Counts
 from tx_lightning.data.tokenizers import Tokenizers
+from tx_lightning.strict_json import to_json
 
 Texts = Sequence[str]
 Rows = list[list[int]]
@@ -144,7 +145,7 @@ def write_records(
         "text_bytes": {writer.side: writer.n_bytes for writer in writers},
         "bytes": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    (folder / "meta.json").write_text(to_json(meta, indent=1), encoding="utf-8")
 
 
 def _encoded(
@@ -274,7 +275,7 @@ class _Progress:
             "bytes": {Path(f.name).name: f.tell() for writer in writers for f in writer.files},
         }
         written = self.file.with_name(_NOTE_BEGUN)
-        written.write_text(json.dumps(noted), encoding="utf-8")
+        written.write_text(to_json(noted), encoding="utf-8")
         written.replace(self.file)
         self._last = time.monotonic()
 

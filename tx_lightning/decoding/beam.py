@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tx_lightning.decoding.filters import Filter
+from tx_lightning.decoding.limits import MOST_HYPOTHESES, at_least
 from tx_lightning.decoding.scores import length_penalty
 from tx_lightning.decoding.search import (
     Decoding,
@@ -19,9 +20,9 @@ from tx_lightning.decoding.search import (
     Problem,
     S,
     Step,
-    at_least,
     score_dtype,
     survivors,
+    widened,
 )
 
 
@@ -103,8 +104,8 @@ class Beam(Decoding):
             max_length_offset=max_length_offset,
             filters=filters,
         )
-        at_least("beam_size", beam_size, 1)
-        at_least("n_best", n_best, 1)
+        at_least("beam_size", beam_size, 1, MOST_HYPOTHESES)
+        at_least("n_best", n_best, 1, MOST_HYPOTHESES)
         if n_best > beam_size:
             raise ValueError(
                 f"n_best must be at most beam_size, {beam_size}; it is {n_best}: raise beam_size"
@@ -118,18 +119,22 @@ class Beam(Decoding):
         device, n_sentences, width = problem.device, problem.n_sentences, self.beam_size
         longest, shared = max(problem.max_lengths), problem.shared_prefix
         sentences = torch.arange(n_sentences, device=device)  # (B,), those being decoded
-        tokens = torch.full((n_sentences, 1, longest), problem.pad_id, device=device)  # (B, W, L)
-        tokens[:, 0, :shared] = problem.shared_tokens
+        tokens = problem.shared_tokens[:, None]  # (B, W, L)
         log_probs = torch.zeros(n_sentences, 1, dtype=score_dtype(logits), device=device)  # (B, W)
         max_lengths = torch.tensor(problem.max_lengths, device=device)
-        penalties = self._penalties(problem, log_probs.dtype)
-        last_penalties = penalties.gather(1, max_lengths[:, None])  # (B, 1)
+        penalties = self._penalties(problem, shared, log_probs.dtype)  # (B, L + 1)
+        last_penalties = self._last_penalties(problem, log_probs.dtype)  # (B, 1)
         none = log_probs.new_full((n_sentences, self.n_best), -math.inf)
         finished = Hypotheses(none, none, tokens.expand(-1, self.n_best, -1))
         results: list[tuple[Tensor, Hypotheses, Hypotheses]] = []
 
         for length in range(shared + 1, longest + 1):
             last = length - 1
+            if length > tokens.shape[2]:
+                tokens = widened(tokens, length, longest, problem.pad_id)
+                further = widened(finished.tokens, length, longest, problem.pad_id)
+                finished = finished._replace(tokens=further)
+                penalties = self._penalties(problem, tokens.shape[2], log_probs.dtype)
             permitted = problem.permitted(
                 logits,
                 tokens[:, :, :last].flatten(0, 1),
@@ -166,14 +171,20 @@ class Beam(Decoding):
             logits = step(tokens[:, :, last].flatten(), state)
         return self._hypotheses(results, problem)
 
-    def _penalties(self, problem: Problem, dtype: torch.dtype) -> Tensor:
+    def _penalties(self, problem: Problem, longest: int, dtype: torch.dtype) -> Tensor:
         """Return what a sentence's log probabilities are divided by at each length, (B, L + 1)."""
-        longest = max(problem.max_lengths)
-        by_length = [length_penalty(n, self.length_penalty) for n in range(longest + 1)]
         device = problem.device
+        by_length = [length_penalty(n, self.length_penalty) for n in range(longest + 1)]
         prefixes = torch.tensor([len(prefix) for prefix in problem.prefixes], device=device)
-        lengths = (torch.arange(longest + 1, device=device) - prefixes[:, None]).clamp(min=0)
-        return torch.tensor(by_length, dtype=dtype, device=device)[lengths]
+        lengths = torch.arange(longest + 1, device=device) - prefixes[:, None]
+        return torch.tensor(by_length, dtype=dtype, device=device)[lengths.clamp(min=0)]
+
+    def _last_penalties(self, problem: Problem, dtype: torch.dtype) -> Tensor:
+        """Return the same at the maximum length of each sentence, (B, 1)."""
+        pairs = zip(problem.max_lengths, problem.prefixes, strict=True)
+        lengths = [most - len(prefix) for most, prefix in pairs]
+        penalties = [[length_penalty(n, self.length_penalty)] for n in lengths]
+        return torch.tensor(penalties, dtype=dtype, device=problem.device)
 
     def _hypotheses(
         self, results: list[tuple[Tensor, Hypotheses, Hypotheses]], problem: Problem

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from tx_lightning.decoding.limits import LARGEST, at_least
+
 
 class Filter(ABC):
     """A rule about what may follow; a new one is one class and one line of YAML."""
@@ -32,8 +34,7 @@ class MinLength(Filter):
     """
 
     def __init__(self, length: int) -> None:
-        if length < 0:
-            raise ValueError(f"length must be at least 0; it is {length}")
+        at_least("length", length, 0, LARGEST)
         self.length = length
 
     def __call__(self, log_probs: Tensor, tokens: Tensor, eos_id: int) -> None:
@@ -67,8 +68,7 @@ class NoRepeatNgram(Filter):
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1; it is {size}")
+        at_least("size", size, 1, LARGEST)
         self.size = size
 
     def __call__(self, log_probs: Tensor, tokens: Tensor, eos_id: int) -> None:

@@ -18,6 +18,7 @@ from tx_lightning.decoding.search import (
     Step,
     score_dtype,
     survivors,
+    widened,
 )
 
 # log probabilities (N, V) with -inf where banned, rows (N,) of B * R, step -> next tokens (N,)
@@ -41,16 +42,18 @@ class RowSearch(Decoding):
     ) -> list[list[Hypothesis]]:
         copies, choose, device = self.rows_per_sentence, self.choice(problem), problem.device
         max_lengths = torch.tensor(problem.max_lengths, device=device)
-        shape = (problem.n_sentences * copies, max(problem.max_lengths))
-        tokens = torch.full(shape, problem.pad_id, device=device)  # every row, also those that left
-        rows = torch.arange(0, shape[0], copies, device=device)  # (N,), those being decoded
+        n_rows, longest = problem.n_sentences * copies, max(problem.max_lengths)
+        rows = torch.arange(0, n_rows, copies, device=device)  # (N,), those being decoded
         shared = problem.shared_prefix
-        tokens[rows, :shared] = problem.shared_tokens
+        # (B * R, L), every row, also those that left
+        tokens = problem.shared_tokens.repeat_interleave(copies, dim=0)
         log_probs = torch.zeros(len(rows), dtype=score_dtype(logits), device=device)
         ended: list[tuple[Tensor, Tensor]] = []  # rows, log probabilities
 
-        for length in range(shared + 1, shape[1] + 1):
+        for length in range(shared + 1, longest + 1):
             last = length - 1
+            if length > tokens.shape[1]:
+                tokens = widened(tokens, length, longest, problem.pad_id)
             sentences = rows // copies
             permitted = problem.permitted(logits, tokens[rows, :last], sentences, self.filters)
             if last == shared and copies > 1:  # until here the rows of a sentence are one
@@ -58,7 +61,7 @@ class RowSearch(Decoding):
                 state.select(parents)
                 tokens = tokens[rows][parents]
                 permitted, log_probs = permitted[parents], log_probs[parents]
-                rows = torch.arange(shape[0], device=device)
+                rows = torch.arange(n_rows, device=device)
                 sentences = sentences[parents]
             newest = choose(permitted, rows, last)
             chosen = permitted.gather(1, newest[:, None])[:, 0]

@@ -1,5 +1,6 @@
 """Tokens drawn at random from the model's distribution, sharpened and cut as asked."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,8 +8,11 @@ import torch
 from torch import Tensor
 
 from tx_lightning.decoding.filters import Filter, keep_min_p, keep_top_k, keep_top_p
+from tx_lightning.decoding.limits import LARGEST, MOST_HYPOTHESES, at_least
 from tx_lightning.decoding.rows import Choice, RowSearch
-from tx_lightning.decoding.search import Problem, at_least
+from tx_lightning.decoding.search import Problem
+
+_STEPS = 64  # numbers of a row that are drawn at once
 
 
 class Sampling(RowSearch):
@@ -51,15 +55,17 @@ class Sampling(RowSearch):
             max_length_offset=max_length_offset,
             filters=filters,
         )
-        at_least("n_samples", n_samples, 1)
-        at_least("seed", seed, 0)
+        at_least("n_samples", n_samples, 1, MOST_HYPOTHESES)
+        at_least("seed", seed, 0, LARGEST)
+        if temperature == math.inf:
+            raise ValueError(f"temperature must be a finite number; it is {temperature}")
         if not temperature > 0:
             raise ValueError(
                 f"temperature must be above 0; it is {temperature} (for the most probable token "
                 "at each step use Greedy)"
             )
         if top_k is not None:
-            at_least("top_k", top_k, 1)
+            at_least("top_k", top_k, 1, LARGEST)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1; it is {top_p}")
         if min_p is not None and not 0 <= min_p <= 1:
@@ -76,31 +82,58 @@ class Sampling(RowSearch):
         return self.n_samples
 
     def choice(self, problem: Problem) -> Choice:
-        uniforms = self.uniforms(problem).to(problem.device)
+        uniforms = _Uniforms(problem, self.n_samples, self.seed)
 
         def choose(log_probs: Tensor, rows: Tensor, step: int) -> Tensor:
-            scaled = log_probs / self.temperature
+            scaled = tempered(log_probs, self.temperature)
             if self.top_k is not None:
                 keep_top_k(scaled, self.top_k)
             if self.top_p is not None:
                 keep_top_p(scaled, self.top_p)
             if self.min_p is not None:
                 keep_min_p(scaled, self.min_p)
-            return draw(scaled.softmax(dim=1), uniforms[rows, step])
+            return draw(scaled.softmax(dim=1), uniforms.at(step)[rows])
 
         return choose
 
-    def uniforms(self, problem: Problem) -> Tensor:
-        """Return one number in [0, 1) per row and step, (B * n_samples, longest)."""
-        numbers = np.zeros(
-            (problem.n_sentences * self.n_samples, max(problem.max_lengths)), np.float32
-        )
-        for i, (index, length) in enumerate(zip(problem.indices, problem.max_lengths, strict=True)):
-            for sample in range(self.n_samples):
-                stream = np.random.SeedSequence(self.seed, spawn_key=(index, sample))
-                row = i * self.n_samples + sample
-                numbers[row, :length] = np.random.default_rng(stream).random(length, np.float32)
-        return torch.from_numpy(numbers)
+
+class _Uniforms:
+    """One number in [0, 1) for each row and step, drawn as far as the search has come.
+
+    Args:
+        problem: The sentences.
+        n_samples: Rows of each.
+        seed: With the index of a sentence and the number of a sample, decides a row's numbers.
+    """
+
+    def __init__(self, problem: Problem, n_samples: int, seed: int) -> None:
+        self._streams = [
+            np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, sample)))
+            for index in problem.indices
+            for sample in range(n_samples)
+        ]
+        self._device = problem.device
+        self._first = 0  # the step of the first column
+        self._numbers = torch.empty(0, 0)
+
+    def at(self, step: int) -> Tensor:
+        """Return the numbers (B * n_samples,) of a step; steps only go forward."""
+        while step >= self._first + self._numbers.shape[1]:
+            self._first += self._numbers.shape[1]
+            numbers = [stream.random(_STEPS, np.float32) for stream in self._streams]
+            self._numbers = torch.from_numpy(np.stack(numbers)).to(self._device)
+        return self._numbers[:, step - self._first]
+
+
+def tempered(log_probs: Tensor, temperature: float) -> Tensor:
+    """Return log probabilities (N, V) divided by the temperature, up to a constant of each row.
+
+    The largest is subtracted first, so that both limits are exact: toward 0 only the most probable
+    token is left, or those that tie; toward infinity all that may follow are equally probable.
+    """
+    numbers = torch.finfo(log_probs.dtype)
+    below = log_probs - log_probs.amax(dim=1, keepdim=True)
+    return below / min(max(temperature, numbers.tiny), numbers.max)
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:

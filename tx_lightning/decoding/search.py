@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tx_lightning.decoding.filters import Filter, ban, force
+from tx_lightning.decoding.limits import MOST_RATIO, MOST_TOKENS, STRONGEST, at_least, within
+
+_ROOM = 64  # tokens, at first
 
 
 class NotFinite(ValueError):
@@ -156,8 +159,9 @@ class Decoding(ABC):
         max_length_offset: int,
         filters: Sequence[Filter],
     ) -> None:
-        at_least("length_penalty", length_penalty, 0)
-        at_least("max_length_ratio", max_length_ratio, 0)
+        within("length_penalty", length_penalty, STRONGEST)
+        within("max_length_ratio", max_length_ratio, MOST_RATIO)
+        at_least("max_length_offset", max_length_offset, -MOST_TOKENS, MOST_TOKENS)
         self.length_penalty = length_penalty
         self.max_length_ratio = max_length_ratio
         self.max_length_offset = max_length_offset
@@ -199,8 +203,8 @@ class Decoding(ABC):
             step: Advances the state by one token per row and returns the logits of the next.
             state: Has one row per sentence; used up afterwards.
             source_lengths: (B,), on the device of the model: hypotheses have at most
-                max_length_ratio * length + max_length_offset tokens, EOS included, and always room
-                for one more than the prefix.
+                max_length_ratio * length + max_length_offset tokens and never more than a million,
+                EOS included, and always room for one more than the prefix.
             prefixes: What each hypothesis of a sentence must begin with (a prompt, for a language
                 model); lengths may differ and be 0.
             max_lengths: (B,), limits on the same number that hold whatever `source_lengths` says.
@@ -273,9 +277,10 @@ class Decoding(ABC):
             limits = None
         else:
             lengths = source_lengths.tolist()
+            asked = (self.max_length_ratio * n + self.max_length_offset for n in lengths)
             limits = [
-                max(int(self.max_length_ratio * length + self.max_length_offset), room)
-                for length, room in zip(lengths, needed, strict=True)
+                max(min(int(limit), MOST_TOKENS), room)
+                for limit, room in zip(asked, needed, strict=True)
             ]
         if max_lengths is None:
             assert limits is not None
@@ -325,7 +330,10 @@ def survivors(alive: Tensor, sound: Tensor) -> Tensor:
     return alive
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    """Refuse an argument below `least`."""
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; it is {value}")
+def widened(tokens: Tensor, length: int, longest: int, pad_id: int) -> Tensor:
+    """Return tokens with room in the last dimension for `length` or more, `longest` at most.
+
+    Room is made as it is needed: a limit of a million tokens costs nothing before they come.
+    """
+    room = min(max(2 * tokens.shape[-1], length, _ROOM), longest) - tokens.shape[-1]
+    return F.pad(tokens, (0, room), value=pad_id)

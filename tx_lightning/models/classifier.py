@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tx_lightning.models.text_encoder import TextEncoder, initialize
+from tx_lightning.nn.checks import check_size
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.layers import LayeredNetwork
 from tx_lightning.nn.linear import Linear
@@ -75,6 +76,7 @@ class Classifier(LayeredNetwork):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        check_size("n_classes", n_classes)
         if pooling not in ("cls", "mean", "max"):
             raise ValueError(f"pooling must be one of cls, mean, max; it is {pooling!r}")
         self.pooling = pooling
@@ -117,6 +119,7 @@ class Tagger(LayeredNetwork):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        check_size("n_tags", n_tags)
         self.encoder = encoder(vocab_size)
         self.dropout = Dropout(dropout)
         self.head = Linear(self.encoder.d_model, n_tags)

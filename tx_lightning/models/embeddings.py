@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.nn.checks import check_share, check_size
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.layers import NormFactory
 from tx_lightning.nn.positions import LearnedPositions, Positions, PositionsFactory
@@ -17,6 +18,10 @@ def token_table(
     vocab_size: int, d_model: int, *, std: float, pad_id: int | None = None
 ) -> nn.Embedding:
     """Return a (V, D) table of normal vectors; the row of padding is 0 and is not trained."""
+    check_size("vocab_size", vocab_size)
+    check_size("d_model", d_model)
+    if pad_id is not None:
+        check_size("pad_id", pad_id, least=0, most=vocab_size - 1)
     table = nn.Embedding(vocab_size, d_model, padding_idx=pad_id)
     nn.init.normal_(table.weight, std=std)
     if pad_id is not None:
@@ -67,6 +72,8 @@ class Embedding(nn.Module):
         token_dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_size("n_segments", n_segments, least=0)
+        check_share("token_dropout", token_dropout)
         d_model = tokens.embedding_dim
         self.tokens = tokens
         self.segments = nn.Embedding(n_segments, d_model) if n_segments else None
@@ -114,6 +121,7 @@ def positions_for(
     Raises:
         ValueError: The scheme ends before `length`.
     """
+    check_size(name, length)
     if factory is None:
         return LearnedPositions(d_model, n_heads, bidirectional, max_length=length)
     positions = factory(d_model, n_heads, bidirectional)

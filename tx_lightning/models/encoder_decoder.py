@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tx_lightning.models.embeddings import Embedding, pad_with, token_table
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.checks import MOST_LAYERS, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
 from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, LayeredNetwork, NormFactory
 from tx_lightning.nn.linear import Linear
@@ -176,6 +177,9 @@ class EncoderDecoder(LayeredNetwork):
         pad_id: int = 0,
     ) -> None:
         super().__init__()
+        check_size("d_model", d_model)
+        check_size("n_encoder_layers", n_encoder_layers, least=0, most=MOST_LAYERS)
+        check_size("n_decoder_layers", n_decoder_layers, least=0, most=MOST_LAYERS)
         self.pad_id = pad_id
         self.share_embeddings = share_embeddings
 
@@ -274,7 +278,12 @@ class EncoderDecoder(LayeredNetwork):
         return Memory(self.encoder(x, mask), mask)
 
     def start(self, source: Tensor, *, padded: bool = True) -> DecoderState:
-        """Encode source ids (B, S) and prepare one row per sentence; `padded` as in `forward`."""
+        """Encode source ids (B, S) and prepare one row per sentence; `padded` as in `forward`.
+
+        Raises:
+            ValueError: There is no decoder layer, so there is nothing to remember.
+        """
+        check_size("n_decoder_layers", len(self.decoder.layers))
         memory = self.encode(source, padded=padded)
         return DecoderState(
             caches=[KeyValueCache() for _ in self.decoder.layers],

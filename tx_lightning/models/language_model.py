@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tx_lightning.models.embeddings import Embedding, positions_for, token_table
 from tx_lightning.nn.cache import KeyValueCache
+from tx_lightning.nn.checks import MOST_LAYERS, check_range, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
 from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
 from tx_lightning.nn.linear import Linear
@@ -101,6 +102,8 @@ class LanguageModel(LayeredNetwork):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        check_size("n_layers", n_layers, most=MOST_LAYERS)
+        check_range("init_std", init_std, 0, 1)
         self.context_length = context_length
         self.embedding = Embedding(token_table(vocab_size, d_model, std=init_std), dropout=dropout)
         self.positions = positions_for(

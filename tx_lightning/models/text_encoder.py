@@ -8,6 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from tx_lightning.models.embeddings import Embedding, pad_with, positions_for, token_table
+from tx_lightning.nn.checks import MOST_LAYERS, check_range, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
 from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
 from tx_lightning.nn.masks import combine, padding_mask
@@ -85,6 +86,8 @@ class TextEncoder(LayeredNetwork):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
+        check_size("n_layers", n_layers, most=MOST_LAYERS)
+        check_range("init_std", init_std, 0, 1)
         self.init_std = init_std
         self.max_length = max_length
         self.pad_id = pad_id

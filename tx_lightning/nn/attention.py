@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.checks import check_share, check_size
 from tx_lightning.nn.dropout import dropout
 from tx_lightning.nn.linear import Linear, linear, product_dtype
 from tx_lightning.nn.masks import additive_mask, causal_mask, check_mask, check_score_bias
@@ -143,6 +144,9 @@ class MultiHeadAttention(nn.Module):
         self, d_model: int, n_heads: int, *, dropout: float = 0.0, bias: bool = True
     ) -> None:
         super().__init__()
+        check_size("d_model", d_model)
+        check_size("n_heads", n_heads)
+        check_share("dropout", dropout)
         if d_model % n_heads:
             divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
             nearest = min(divisors, key=lambda h: abs(h - n_heads))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tx_lightning.nn.checks import check_size
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.linear import Linear
 
@@ -23,6 +24,7 @@ class ReLUFeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
+        _check(d_model, d_ff)
         self.inner = Linear(d_model, d_ff, bias=bias)
         self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)
@@ -51,6 +53,7 @@ class GELUFeedForward(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        _check(d_model, d_ff)
         self.inner = Linear(d_model, d_ff, bias=bias)
         self.activation = nn.GELU(approximate)
         self.outer = Linear(d_ff, d_model, bias=bias)
@@ -72,6 +75,7 @@ class SwishFeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
+        _check(d_model, d_ff)
         self.inner = Linear(d_model, d_ff, bias=bias)
         self.outer = Linear(d_ff, d_model, bias=bias)
         self.dropout = Dropout(dropout)
@@ -93,6 +97,7 @@ class SwiGLUFeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
         super().__init__()
+        _check(d_model, d_ff)
         self.gate = Linear(d_model, d_ff, bias=False)
         self.inner = Linear(d_model, d_ff, bias=False)
         self.outer = Linear(d_ff, d_model, bias=False)
@@ -100,3 +105,8 @@ class SwiGLUFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.dropout(F.silu(self.gate(x)) * self.inner(x)))
+
+
+def _check(d_model: int, d_ff: int) -> None:
+    check_size("d_model", d_model)
+    check_size("d_ff", d_ff)

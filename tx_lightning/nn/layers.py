@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tx_lightning.nn.attention import MultiHeadAttention
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
+from tx_lightning.nn.checks import check_share, check_size
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.feed_forward import FeedForwardFactory
 from tx_lightning.nn.masks import check_mask
@@ -60,6 +61,7 @@ class Residual(nn.Module):
 
     def __init__(self, d_model: int, *, norm: NormFactory, dropout: float, pre_norm: bool) -> None:
         super().__init__()
+        check_size("d_model", d_model)
         self.norm = norm(d_model)
         self.dropout = Dropout(dropout)
         self.pre_norm = pre_norm
@@ -99,6 +101,7 @@ class EncoderLayer(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
+        check_share("attention_dropout", attention_dropout)
         self.self_attention = MultiHeadAttention(
             d_model, n_heads, dropout=attention_dropout, bias=bias
         )
@@ -173,6 +176,7 @@ class DecoderLayer(nn.Module):
         feed_forward: FeedForwardFactory,
     ) -> None:
         super().__init__()
+        check_share("attention_dropout", attention_dropout)
         self.self_attention = MultiHeadAttention(d_model, n_heads, dropout=attention_dropout)
         self.cross_attention = MultiHeadAttention(d_model, n_heads, dropout=attention_dropout)
         self.feed_forward = feed_forward(d_model, d_ff)

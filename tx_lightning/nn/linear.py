@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tx_lightning.nn.checks import check_size
+
 MatmulPrecision = Literal["highest", "high", "medium"]
 
 ROWS = 64
@@ -205,6 +207,8 @@ class Linear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
         super().__init__(in_features, out_features, bias)
 
     def reset_parameters(self) -> None:

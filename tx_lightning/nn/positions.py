@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.nn.checks import check_range, check_size
+
 
 class Positions(nn.Module):
     """No positions at all, and the interface of every scheme.
@@ -32,6 +34,8 @@ class Positions(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, bidirectional: bool) -> None:
         super().__init__()
+        check_size("d_model", d_model)
+        check_size("n_heads", n_heads, most=d_model)
         self.d_model = d_model
         self.n_heads = n_heads
         self.bidirectional = bidirectional
@@ -154,6 +158,7 @@ class LearnedPositions(Positions):
         self, d_model: int, n_heads: int, bidirectional: bool, max_length: int = 1024
     ) -> None:
         super().__init__(d_model, n_heads, bidirectional)
+        check_size("max_length", max_length)
         self.max_length: int = max_length
         self.table = nn.Parameter(torch.empty(max_length, d_model))
         self._std = 0.02  # of GPT-2 and BERT
@@ -190,6 +195,7 @@ class RotaryPositions(Positions):
         self, d_model: int, n_heads: int, bidirectional: bool, base: float = 10000.0
     ) -> None:
         super().__init__(d_model, n_heads, bidirectional)
+        check_range("base", base, 1, 1e12)
         width = d_model // n_heads
         if width % 2:
             raise ValueError(
@@ -279,6 +285,10 @@ class T5RelativePositions(Positions):
         max_distance: int = 128,
     ) -> None:
         super().__init__(d_model, n_heads, bidirectional)
+        # Half of the buckets, and of those for either direction half, are exact distances.
+        check_size("n_buckets", n_buckets, least=4 if bidirectional else 2)
+        exact = n_buckets // (4 if bidirectional else 2)
+        check_size("max_distance", max_distance, least=exact + 1)
         self.n_buckets = n_buckets
         self.max_distance = max_distance
         self.table = nn.Parameter(torch.empty(n_buckets, n_heads))

@@ -21,6 +21,7 @@ from tx_lightning.data.classification import (
     joined,
     joined_length,
 )
+from tx_lightning.decoding.limits import LARGEST, at_least
 from tx_lightning.losses import TokenLoss
 from tx_lightning.models import Classifier
 from tx_lightning.tasks.labels import Answer, LabelScores, LabelTask, check_length, label_loss
@@ -222,6 +223,7 @@ class Classification(LabelTask[ClassificationBatch]):
         Raises:
             ValueError: When there are seconds and should not be, or the other way round.
         """
+        at_least("batch_tokens", batch_tokens, 1, LARGEST)
         sides = [texts] if seconds is None else [texts, seconds]
         if self.n_texts is not None and len(sides) != self.n_texts:
             needs = (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tx_lightning.data.tokenizers import Tokenizer
 from tx_lightning.decoding import Decoding, Hypothesis
+from tx_lightning.decoding.limits import LARGEST, MOST_TOKENS, at_least
 from tx_lightning.decoding.rows import RowSearch
 from tx_lightning.models import LanguageModel, LanguageModelState
 
@@ -146,8 +147,8 @@ def continue_ids(
     Raises:
         PromptError: When a prompt is empty, or does not fit and the past is not to be forgotten.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; it is {max_new_tokens}")
+    at_least("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
+    at_least("batch_tokens", batch_tokens, 1, LARGEST)
     context = network.context_length
     if not 1 <= stride <= context:
         raise ValueError(

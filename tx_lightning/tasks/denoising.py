@@ -61,6 +61,12 @@ class Denoising(Reconstruction[TranslationBatch]):
         )
         self.start_scores()
 
+    def setup(self, stage: str) -> None:
+        """Check the lengths of the data against the network."""
+        super().setup(stage)
+        encoder, decoder = self.network.encoder.positions, self.network.decoder.positions
+        self._data().check_reach(encoder.max_length, decoder.max_length)
+
     def _data(self) -> DenoisingData:
         data: object = self.trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, DenoisingData):

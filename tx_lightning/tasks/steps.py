@@ -46,8 +46,7 @@ def configure_optimizers(
         ValueError: When `layer_decay` is not above 0 and at most 1, or a `ReduceLROnPlateau` for
             scores that should rise does not say which.
     """
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
+    check_layer_decay(layer_decay)
     depths = parameter_depths(network)
     deepest = max(depths.values(), default=0)
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -82,6 +81,12 @@ def _monitor(schedule: ReduceLROnPlateau) -> str:
             f"{schedule.mode}: use lightning.pytorch.cli.ReduceLROnPlateau, which has a monitor"
         )
     return "val/loss"
+
+
+def check_layer_decay(layer_decay: float | None) -> None:
+    """Refuse a factor that is no share, before anything runs."""
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
 
 
 def parameter_depths(network: nn.Module) -> dict[str, int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tx_lightning.data.batches import padded, row_ids
 from tx_lightning.data.blocks import IGNORED
 from tx_lightning.data.tagging import TaggingBatch, TaggingData
+from tx_lightning.decoding.limits import LARGEST, at_least
 from tx_lightning.losses import TokenLoss
 from tx_lightning.models import Tagger
 from tx_lightning.tasks.labels import Answer, LabelScores, LabelTask, check_length, label_loss
@@ -179,6 +180,7 @@ class Tagging(LabelTask[TaggingBatch]):
             batch_tokens: Tokens, with padding, that are held at once.
             on_long: Told the place of each sentence that is tagged in parts, and its tokens.
         """
+        at_least("batch_tokens", batch_tokens, 1, LARGEST)
         names, special = self.require_labels(), row_ids(self.tokenizer)
         room = self.network.encoder.max_length - 2  # BOS and EOS
         parts: list[tuple[int, list[list[int]]]] = []  # (sentence, the tokens of some of its words)

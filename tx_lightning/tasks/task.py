@@ -37,6 +37,7 @@ from tx_lightning.tasks.companions import (
 )
 from tx_lightning.tasks.resuming import hold_configuration
 from tx_lightning.tasks.steps import (
+    check_layer_decay,
     clip_gradients,
     configure_optimizers,
     gradient_scaler,
@@ -102,6 +103,7 @@ class Task(LightningModule, Generic[B]):
         freeze: Sequence[str],
     ) -> None:
         super().__init__()
+        check_layer_decay(layer_decay)
         self.network = network
         self.vocab_size = vocab_size
         self.optimizer = optimizer

@@ -14,8 +14,9 @@ from torch.optim import Adam
 
 from tx_lightning.data.batches import TranslationBatch, padded, row_ids
 from tx_lightning.data.tokenizers import Tokenizers
-from tx_lightning.data.translation import MOST_TOKENS
+from tx_lightning.data.translation import MOST_TOKENS, TranslationData
 from tx_lightning.decoding import Beam, Decoding, Greedy, NotFinite
+from tx_lightning.decoding.limits import LARGEST, at_least
 from tx_lightning.losses import TokenLoss, linear_cross_entropy
 from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 from tx_lightning.models import EncoderDecoder
@@ -54,15 +55,17 @@ class TextTooLong(ValueError):
     Attributes:
         index: Its place among the texts.
         tokens: Its tokens.
+        most: The most that can be translated.
     """
 
-    def __init__(self, index: int, tokens: int) -> None:
+    def __init__(self, index: int, tokens: int, most: int = MOST_TOKENS) -> None:
         super().__init__(
-            f"text {index} has {tokens:,} tokens, more than the {MOST_TOKENS:,} that can be "
+            f"text {index} has {tokens:,} tokens, more than the {most:,} that can be "
             "translated: split it into sentences"
         )
         self.index = index
         self.tokens = tokens
+        self.most = most
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,14 @@ class Translation(Task[TranslationBatch]):
                 "set network.init_args.share_embeddings to false or share the vocabulary"
             )
         super().attach(tokenizers)
+
+    def setup(self, stage: str) -> None:
+        """Take the tokenizers of the data, and check its lengths against the network."""
+        super().setup(stage)
+        data: object = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TranslationData):
+            encoder, decoder = self.network.encoder.positions, self.network.decoder.positions
+            data.check_reach(encoder.max_length, decoder.max_length)
 
     # Training
 
@@ -258,13 +269,17 @@ class Translation(Task[TranslationBatch]):
                 depends on its place, and not on how the input is cut.
 
         Raises:
-            TextTooLong: When a text has more than 10,000 tokens.
+            TextTooLong: When a text has more than 10,000 tokens, or more than the positions of
+                the encoder reach.
         """
+        at_least("batch_tokens", batch_tokens, 1, LARGEST)
         tokenizers = self.require_tokenizers()
         sources = tokenizers.source.encode_batch(texts)
+        reach = self.network.encoder.positions.max_length
+        most = MOST_TOKENS if reach is None else min(MOST_TOKENS, reach - 1)  # EOS follows
         for i, ids in enumerate(sources):
-            if len(ids) > MOST_TOKENS:
-                raise TextTooLong(i, len(ids))
+            if len(ids) > most:
+                raise TextTooLong(i, len(ids), most)
         results: list[list[Translated]] = [[] for _ in texts]
         order = sorted(range(len(texts)), key=lambda i: -len(sources[i]))
         training, _ = self.training, self.eval()

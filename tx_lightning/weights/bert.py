@@ -1,11 +1,14 @@
 """BERT (Devlin et al. 2019) of Hugging Face and the networks on a `TextEncoder`."""
 
+from typing import Any
+
 from torch import nn
 
 from tx_lightning.data.tokenizers import SpecialIds
 from tx_lightning.models import Classifier, MaskedLanguageModel, Tagger
 from tx_lightning.nn import LearnedPositions
 from tx_lightning.weights.configuration import (
+    MOST_LAYERS,
     Arguments,
     Configuration,
     feed_forward_of,
@@ -17,12 +20,14 @@ from tx_lightning.weights.plans import (
     ExportPlan,
     Family,
     ImportPlan,
+    TokenError,
     TokenId,
     not_representable,
     required,
 )
 from tx_lightning.weights.rules import Rule, Same, Stacked, Table, affine, same
 
+_MOST_LABELS = 65_536
 # The task that each architecture has a head for.
 _TASKS: dict[str, str | None] = {
     "BertForMaskedLM": "MaskedLanguageModeling",
@@ -81,11 +86,12 @@ def plan(config: Configuration, architecture: str, task: str | None) -> ImportPl
         config.only("problem_type", "single_label_classification", None)
         labels = _labels(config)
         arguments[_CLASSES[chosen]] = len(labels)
-        dropout = config["classifier_dropout"]
-        options["dropout"] = config["hidden_dropout_prob"] if dropout is None else dropout
+        own_dropout = config["classifier_dropout"] is not None
+        dropout = "classifier_dropout" if own_dropout else "hidden_dropout_prob"
+        options["dropout"] = config.share(dropout)
     else:
         config.only("hidden_act", "gelu", "gelu_python")  # that of its head
-        options["norm"] = layer_norm(config.number("layer_norm_eps"))
+        options["norm"] = layer_norm(config.epsilon("layer_norm_eps"))
     network = _NETWORKS[chosen]
     arguments["network"] = {
         "class_path": f"tx_lightning.models.{network.__name__}",
@@ -94,7 +100,7 @@ def plan(config: Configuration, architecture: str, task: str | None) -> ImportPl
     parts = dict(_PARTS[network])
     if chosen != own and chosen in _CLASSES:
         del parts["head"]  # a head for something else has the same name
-    names = _table(network, config.integer("num_hidden_layers"), parts)
+    names = _table(network, config.integer("num_hidden_layers", most=MOST_LAYERS), parts)
     return ImportPlan(
         task=chosen,
         arguments=arguments,
@@ -106,46 +112,58 @@ def plan(config: Configuration, architecture: str, task: str | None) -> ImportPl
 
 
 def _encoder(config: Configuration) -> Arguments:
-    pad = config["pad_token_id"]
     settings = {
         "d_model": config.integer("hidden_size"),
-        "n_heads": config.integer("num_attention_heads"),
-        "n_layers": config.integer("num_hidden_layers"),
+        "n_heads": config.heads("num_attention_heads", "hidden_size"),
+        "n_layers": config.integer("num_hidden_layers", most=MOST_LAYERS),
         "d_ff": config.integer("intermediate_size"),
         "max_length": config.integer("max_position_embeddings"),
-        "dropout": config.number("hidden_dropout_prob"),
-        "attention_dropout": config.number("attention_probs_dropout_prob"),
-        "norm": layer_norm(config.number("layer_norm_eps")),
+        "dropout": config.share("hidden_dropout_prob"),
+        "attention_dropout": config.share("attention_probs_dropout_prob"),
+        "norm": layer_norm(config.epsilon("layer_norm_eps")),
         "feed_forward": config.feed_forward("hidden_act"),
         "n_segments": config.integer("type_vocab_size"),
-        "pad_id": 0 if pad is None else config.integer("pad_token_id"),
+        "pad_id": _pad_id(config),
     }
     return {"class_path": "tx_lightning.models.TextEncoder", "init_args": settings}
+
+
+def _pad_id(config: Configuration) -> int:
+    return 0 if config["pad_token_id"] is None else config.token_id("pad_token_id")
 
 
 def _labels(config: Configuration) -> list[str]:
     """The labels in the order of their classes; LABEL_0 and so on where they have no names."""
     named = config["id2label"]
+    labels: list[Any]
     if named is None:
-        labels = [f"LABEL_{i}" for i in range(config.integer("num_labels"))]
-    elif isinstance(named, dict) and sorted(named, key=str) == sorted(map(str, range(len(named)))):
-        labels = [str(named[str(i)]) for i in range(len(named))]
+        labels = [f"LABEL_{i}" for i in range(config.integer("num_labels", most=_MOST_LABELS))]
+    elif isinstance(named, dict) and named.keys() == set(map(str, range(len(named)))):
+        labels = [named[str(i)] for i in range(len(named))]
     else:
         raise config.refused("id2label", "a name for each class from 0 on")
     if len(labels) < 2:
         raise config.refused("num_labels" if named is None else "id2label", "two classes or more")
+    usable = all(isinstance(label, str) and label and label.isprintable() for label in labels)
+    if not usable or len(set(labels)) < len(labels) or len(labels) > _MOST_LABELS:
+        raise config.refused("id2label", f"up to {_MOST_LABELS:,} distinct single-line names")
     return labels
 
 
 def special_ids(config: Configuration, token_id: TokenId) -> SpecialIds:
     """[CLS] stands before a text, [SEP] behind it."""
-    return SpecialIds(
+    ids = SpecialIds(
         pad=required(token_id, "pad_token"),
         bos=required(token_id, "cls_token"),
         eos=required(token_id, "sep_token"),
         unk=required(token_id, "unk_token"),
         mask=token_id("mask_token"),
     )
+    if ids.pad != _pad_id(config):
+        raise config.refused("pad_token_id", f"{ids.pad}, the id of the tokenizer's pad_token")
+    if ids.pad in (ids.bos, ids.eos, ids.unk, ids.mask):
+        raise TokenError("the tokenizer's pad_token is one of its other special tokens as well")
+    return ids
 
 
 FAMILY = Family(
@@ -189,6 +207,8 @@ def describe(network: MaskedLanguageModel | Classifier | Tagger) -> ExportPlan:
         WeightsError: BERT has no such network.
     """
     encoder = network.encoder
+    if not encoder.layers:
+        raise not_representable("BERT", "n_layers", "0", "1 and more")
     first, positions = encoder.layers[0], encoder.positions
     norms = [
         encoder.embedding.norm,
@@ -231,9 +251,7 @@ def describe(network: MaskedLanguageModel | Classifier | Tagger) -> ExportPlan:
             "hidden_act": feed_forward.activation,
             "hidden_dropout_prob": first.attention_residual.dropout.p,
             "attention_probs_dropout_prob": first.self_attention.dropout,
-            "classifier_dropout": (
-                None if isinstance(network, MaskedLanguageModel) else network.dropout.p
-            ),
+            **_head_dropout(network),
             "max_position_embeddings": positions.max_length,
             "type_vocab_size": 1 if segments is None else segments.num_embeddings,
             "layer_norm_eps": eps,
@@ -245,6 +263,12 @@ def describe(network: MaskedLanguageModel | Classifier | Tagger) -> ExportPlan:
         zeros={} if segments else {"bert.embeddings.token_type_embeddings.weight": (1, width)},
         longest=encoder.max_length,
     )
+
+
+def _head_dropout(network: MaskedLanguageModel | Classifier | Tagger) -> Arguments:
+    if isinstance(network, MaskedLanguageModel):
+        return {}
+    return {"classifier_dropout": network.dropout.p}
 
 
 def _table(

@@ -8,12 +8,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.runs import shown
-from tx_lightning.weights.exporting import export_weights
+from tx_lightning.weights.exporting import export_checkpoint
 
 DESCRIPTION = """\
-Write a checkpoint as a folder that transformers loads: config.json, model.safetensors and the files
-of the tokenizer. What was imported becomes what it was. What was trained here becomes GPT-2, BERT,
-BART or Marian where the network is one of these, and is refused otherwise."""
+Write a checkpoint as a folder that transformers loads: config.json, generation_config.json,
+model.safetensors and the files of the tokenizer. What was imported becomes what it was. What was
+trained here becomes GPT-2, BERT, BART or Marian where the network is one of these, and is refused
+otherwise. ct2-transformers-converter makes a CTranslate2 model of it. What the folder cannot say is
+printed."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -35,6 +37,6 @@ def main(words: Sequence[str]) -> int:
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error), words, parser)) from error
     folder = Path(options.folder)
-    print(export_weights(options.checkpoint, folder))
-    print(shown(folder.absolute()))
+    exported = export_checkpoint(options.checkpoint, folder)
+    print(exported.architecture, *exported.notes, shown(folder.absolute()), sep="\n")
     return 0

@@ -4,6 +4,7 @@ from tx_lightning.data.tokenizers import SpecialIds
 from tx_lightning.models import LanguageModel
 from tx_lightning.nn import LearnedPositions
 from tx_lightning.weights.configuration import (
+    MOST_LAYERS,
     Configuration,
     feed_forward_of,
     layer_norm,
@@ -31,21 +32,22 @@ def plan(config: Configuration, architecture: str, task: str | None) -> ImportPl
     config.only("scale_attn_by_inverse_layer_idx", False)
     config.only("add_cross_attention", False)
     width, tied = config.integer("n_embd"), config.flag("tie_word_embeddings")
-    dropout = config.number("resid_pdrop")
+    n_layers = config.integer("n_layer", most=MOST_LAYERS)
+    dropout = config.share("resid_pdrop")
     network = {
         "d_model": width,
-        "n_heads": config.integer("n_head"),
-        "n_layers": config.integer("n_layer"),
-        "d_ff": 4 * width if config["n_inner"] is None else config.integer("n_inner"),
+        "n_heads": config.heads("n_head", "n_embd"),
+        "n_layers": n_layers,
+        "d_ff": config.optional("n_inner") or 4 * width,
         "context_length": config.integer("n_positions"),
         "dropout": dropout,
-        "attention_dropout": config.number("attn_pdrop"),
-        "norm": layer_norm(config.number("layer_norm_epsilon")),
+        "attention_dropout": config.share("attn_pdrop"),
+        "norm": layer_norm(config.epsilon("layer_norm_epsilon")),
         "feed_forward": config.feed_forward("activation_function"),
         "tie_output": tied,
     }
     notes = []
-    if config.number("embd_pdrop") != dropout:
+    if config.share("embd_pdrop") != dropout:
         notes.append(
             f"embd_pdrop is {config['embd_pdrop']} and resid_pdrop {dropout}: in training, both "
             f"will be {dropout}"
@@ -56,14 +58,14 @@ def plan(config: Configuration, architecture: str, task: str | None) -> ImportPl
             "vocab_size": config.integer("vocab_size"),
             "network": {"class_path": "tx_lightning.models.LanguageModel", "init_args": network},
         },
-        table=table(config.integer("n_layer"), tied=tied),
+        table=table(n_layers, tied=tied),
         notes=tuple(notes),
     )
 
 
 def special_ids(config: Configuration, token_id: TokenId) -> SpecialIds:
     """The end of a text is whatever has no token of its own."""
-    eos = config.integer("eos_token_id")
+    eos = config.token_id("eos_token_id")
     bos, unk, pad = (token_id(f"{name}_token") for name in ("bos", "unk", "pad"))
     return SpecialIds(
         pad=eos if pad is None else pad,
@@ -96,6 +98,7 @@ FAMILY = Family(
     special_tokens=dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     plan=plan,
     special_ids=special_ids,
+    overridden=("eos_token_id",),
 )
 
 
@@ -105,6 +108,8 @@ def describe(network: LanguageModel) -> ExportPlan:
     Raises:
         WeightsError: GPT-2 has no such network.
     """
+    if not network.layers:
+        raise not_representable("GPT-2", "n_layers", "0", "1 and more")
     first, positions = network.layers[0], network.positions
     residuals = (first.attention_residual, first.feed_forward_residual)
     eps = norm_eps([*(residual.norm for residual in residuals), network.final_norm])

@@ -18,10 +18,12 @@ from tx_lightning.weights.errors import WeightsError
 from tx_lightning.weights.folders import (
     CONFIG,
     GENERATION,
+    check_writable,
     local_folder,
     read_config,
     read_json,
     read_tensors,
+    reason,
 )
 from tx_lightning.weights.plans import Family, ImportPlan
 from tx_lightning.weights.rules import Tensors, listed
@@ -68,23 +70,25 @@ def import_weights(
         CheckpointError: The checkpoint cannot be written.
     """
     output = Path(output)
-    if output.exists():
-        raise WeightsError(f"{output} exists already: choose a new name")
+    _check_output(output)
     folder = local_folder(folder_or_name)
     values = read_config(folder)
     family, architecture = _family(values, folder)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    searched = {
-        name: generation[name] for name in family.search if generation.get(name) is not None
-    }
-    config = Configuration({**values, **searched}, family.defaults, str(folder / CONFIG))
+    config, passed_over = _configuration(values, generation, family, folder)
     plan = family.plan(config, architecture, task)
+    _check_texts(n_texts, plan)
     tensors, where = read_tensors(folder)
-    tensors = _renamed(tensors, family)
+    tensors = _renamed(tensors, family, where)
     plan, notes = _settle(plan, tensors)
+    notes += passed_over
     tokenizers = read_tokenizers(folder, config, family)
-    built = build_task(plan.settings)
-    kept, new = _load(built, plan, tensors, where)
+    plan.table.check_names(tensors, where)
+    with torch.device("meta"):  # no memory is allocated before the shapes match the file
+        built = build_task(plan.settings)
+    shapes = {n: t.shape for n, t in built.get_submodule("network").state_dict().items()}
+    ours, kept = plan.table.read(tensors, shapes, where)
+    state, new = _state(built, ours, plan)
     if new:
         notes.append(f"new, and to be trained: {listed(new)}")
     record = checkpoint_record(
@@ -97,43 +101,91 @@ def import_weights(
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": version("lightning"),
-        "state_dict": built.state_dict(),
+        "state_dict": state,
         RECORD: record,
         IMPORTED: {"config": values, "generation": generation, "kept": kept},
     }
-    built.on_load_checkpoint(checkpoint)  # refuses what does not suit the network
+    try:
+        built.on_load_checkpoint(checkpoint)  # refuses what does not suit the network
+    except ValueError as error:
+        raise WeightsError(f"{folder}: {reason(error)}") from error
     write_atomically(checkpoint, output)
     parameters = sum(parameter.numel() for parameter in built.parameters())
     return Imported(architecture, plan.task, parameters, notes)
 
 
+def _check_output(output: Path) -> None:
+    """Refuse a path that exists or cannot be written."""
+    check_writable(output)
+    if output.is_dir():
+        raise WeightsError(f"{output} is a folder: give the name of a file")
+    if output.exists():
+        raise WeightsError(f"{output} exists already: choose a new name")
+
+
 def _family(values: Mapping[str, Any], folder: Path) -> tuple[Family, str]:
     """The family and architecture that a config.json names."""
-    named = values.get("architectures") or []
-    architecture = str(named[0]) if isinstance(named, list) and named else None
+    named = values.get("architectures")
+    architecture = None if named is None or named == [] else str(named)
+    if isinstance(named, list) and named:
+        architecture = str(named[0])
     known = {name: family for family in FAMILIES.values() for name in family.architectures}
     model_type = values.get("model_type")
-    if architecture is None and model_type in FAMILIES:
-        return FAMILIES[model_type], FAMILIES[model_type].architectures[0]
-    if architecture in known and model_type in (None, known[architecture].model_type):
-        return known[architecture], architecture
-    what = (
-        f"architectures is {architecture}, model_type {model_type}"
-        if architecture
-        else f"model_type is {model_type}"
-    )
+    family = None if architecture is None else known.get(architecture)
+    if architecture is None and isinstance(model_type, str):
+        family = FAMILIES.get(model_type)
+    if family is not None and model_type in (None, family.model_type):
+        return family, architecture or family.architectures[0]
+    what = f"model_type is {model_type}"
+    if architecture is not None:
+        what = f"architectures is {architecture}, model_type {model_type}"
     raise WeightsError(f"{folder / CONFIG}: {what}; supported: {', '.join(known)}")
 
 
-def _renamed(tensors: Tensors, family: Family) -> Tensors:
+def _configuration(
+    values: Mapping[str, Any], generation: Mapping[str, Any], family: Family, folder: Path
+) -> tuple[Configuration, list[str]]:
+    """Merge config.json and generation_config.json; return notes on what is ignored."""
+    where = str(folder / GENERATION)
+    config = Configuration(values, family.defaults, str(folder / CONFIG))
+    config.check_token_ids()
+    ids = {**generation, "vocab_size": config.integer("vocab_size")}
+    Configuration(ids, {}, where).check_token_ids()
+    config.only("quantization_config", None)
+    overridden = {
+        name: generation[name] for name in family.overridden if generation.get(name) is not None
+    }
+    notes = []
+    ends = overridden.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) != 1:
+        del overridden["eos_token_id"]
+        notes.append(
+            f"{GENERATION} has several eos_token_id, {ends}: only that of {CONFIG} is used"
+        )
+    config.override(overridden, where)
+    return config, notes
+
+
+def _check_texts(n_texts: int, plan: ImportPlan) -> None:
+    """Refuse text pairs for tasks that take one text."""
+    if n_texts not in (1, 2):
+        raise WeightsError(f"--n_texts {n_texts}: a classifier takes 1 or 2 texts")
+    if n_texts == 2 and plan.task != "Classification":
+        raise WeightsError(f"--n_texts 2: a {plan.task} takes one text; leave the option out")
+
+
+def _renamed(tensors: Tensors, family: Family, where: str) -> Tensors:
     """Tensors by the names that a file with a head has today."""
     renamed: Tensors = {}
     for name, tensor in tensors.items():
+        new = name
         if name.partition(".")[0] in family.parts:
-            name = f"{family.base}.{name}"
+            new = f"{family.base}.{name}"
         if name.endswith((".gamma", ".beta")):  # what TensorFlow calls them
-            name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
-        renamed[name] = tensor
+            new = new.replace(".gamma", ".weight").replace(".beta", ".bias")
+        if new in renamed:
+            raise WeightsError(f"{where} has {new} twice, once as {name}")
+        renamed[new] = tensor
     return renamed
 
 
@@ -172,15 +224,19 @@ def build_task(settings: Arguments) -> LightningModule:
     return task
 
 
-def _load(
-    task: LightningModule, plan: ImportPlan, tensors: Tensors, where: str
-) -> tuple[Tensors, list[str]]:
-    """Put the weights into the network of a task; return what is kept, and what stays new."""
-    network = task.get_submodule("network")
-    own = network.state_dict()
-    shapes = {name: tensor.shape for name, tensor in own.items()}
-    ours, kept = plan.table.read(tensors, shapes, where)
+def _state(task: LightningModule, ours: Tensors, plan: ImportPlan) -> tuple[Tensors, list[str]]:
+    """Build the state dict of a task; return the names of newly initialized tensors as well."""
+    own = task.get_submodule("network").state_dict()
     new = [name for name in own if name not in ours]
     assert all(name.startswith(plan.new) for name in new), new
-    network.load_state_dict({**own, **ours})
-    return kept, new
+    if new:
+        initial = build_task(plan.settings).get_submodule("network").state_dict()
+        ours = {**ours, **{name: initial[name] for name in new}}
+    # float32 copies that share no memory with the file; tied tensors stay tied.
+    copies = {
+        id(tensor): tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for tensor in ours.values()
+    }
+    state = {f"network.{name}": copies[id(ours[name])] for name in own}
+    assert state.keys() == task.state_dict().keys()
+    return state, new

@@ -12,19 +12,22 @@ from tx_lightning.weights.rules import Table
 TokenId = Callable[[str], int | None]  # the id of what is called pad_token, eos_token and so on
 
 
+class TokenError(WeightsError):
+    """A special token is missing or invalid; the caller adds the name of the file."""
+
+
 @dataclass(frozen=True)
 class ImportPlan:
-    """How a folder becomes a checkpoint.
+    """How to import a folder.
 
     Args:
         task: The class of the task, in `tx_lightning.tasks`.
         arguments: Its arguments.
-        table: The tensors; names of ours are those of the task's network.
-        new: Beginnings of the names of tensors of ours that the folder does not have.
-        dropped: Beginnings of the names of tensors of theirs that are left out, each with what
-            they are.
-        notes: What else the user should know, a line each.
-        labels: Those of a classifier.
+        table: Maps tensor names; ours are relative to the task's network.
+        new: Name prefixes of our tensors that the folder may lack.
+        dropped: Name prefixes of tensors in the folder that are left out, with a description each.
+        notes: Messages for the user, one line each.
+        labels: The classifier's labels.
     """
 
     task: str
@@ -43,19 +46,18 @@ class ImportPlan:
 
 @dataclass(frozen=True)
 class Family:
-    """What is read from folders of one kind.
+    """A model family that can be imported.
 
     Args:
-        model_type: What config.json calls it.
-        architectures: The classes whose weights can be read; the first where the file names none.
-        defaults: The values of config.json where the file is silent.
-        base: The name of the part that a model without a head consists of, and a head's file has
-            before its names.
-        parts: What this part consists of.
-        special_tokens: What its special tokens are called where the files do not say.
-        plan: Of a configuration, an architecture and a task that was asked for.
-        special_ids: Of a configuration and the ids of special tokens.
-        search: What generation_config.json, where there is one, says rather than config.json.
+        model_type: `model_type` in config.json.
+        architectures: The supported classes; the first is the default.
+        defaults: Values of fields that config.json omits.
+        base: Name of the headless model, the prefix of its tensors in files with a head.
+        parts: Top-level modules of the headless model.
+        special_tokens: Default names of the special tokens.
+        plan: Builds the import plan from config, architecture and requested task.
+        special_ids: Reads the special ids from config and tokenizer.
+        overridden: Fields for which generation_config.json takes precedence over config.json.
     """
 
     model_type: str
@@ -66,33 +68,40 @@ class Family:
     special_tokens: Mapping[str, str]
     plan: Callable[[Configuration, str, str | None], ImportPlan]
     special_ids: Callable[[Configuration, TokenId], SpecialIds]
-    search: tuple[str, ...] = ()
+    overridden: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """How a network becomes a folder.
+    """How to export a network.
 
     Args:
-        model_type: What config.json calls it.
-        config: What config.json says of it, but for the ids of special tokens.
-        table: The tensors.
-        zeros: Tensors of theirs that we have none of, with their shapes.
-        longest: Most tokens of a text, None for no limit.
+        model_type: `model_type` in config.json.
+        config: Fields of config.json, except special ids.
+        table: Maps tensor names.
+        unsaid: Fields that are written only if no imported config.json exists.
+        zeros: Tensors that the architecture has and the network lacks, with their shapes.
+        longest: Maximum number of tokens of a text, None for no limit.
     """
 
     model_type: str
     config: dict[str, Any]
     table: Table
+    unsaid: Mapping[str, Any] = field(default_factory=dict)
     zeros: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     longest: int | None = None
 
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table."""
+        return int(self.config["vocab_size"])
+
 
 def required(token_id: TokenId, name: str) -> int:
-    """The id of a special token that there must be."""
+    """Return the id of a mandatory special token."""
     found = token_id(name)
     if found is None:
-        raise WeightsError(f"the tokenizer has no {name}")
+        raise TokenError(f"the tokenizer has no {name}")
     return found
 
 

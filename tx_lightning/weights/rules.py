@@ -14,6 +14,7 @@ from tx_lightning.weights.errors import WeightsError
 
 Tensors = dict[str, Tensor]
 _SHOWN = 4  # names in a line
+_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -117,30 +118,46 @@ class Table:
     zero_if_absent: frozenset[str] = frozenset()
     ignored: tuple[str, ...] = ()
 
+    def check_names(self, theirs: Mapping[str, Tensor], where: str) -> None:
+        """Refuse missing and unexpected tensors, before a network is built.
+
+        Args:
+            theirs: The tensors of the folder.
+            where: The path, for errors.
+
+        Raises:
+            WeightsError: A tensor is missing or unexpected.
+        """
+        given = {name for name in theirs if not name.endswith(self.ignored)}
+        given = {self.theirs_tied.get(name, name) for name in given}
+        names = {name for rule in self.rules for name in rule.theirs}
+        missing = sorted(names - given - self.zero_if_absent)
+        if missing:
+            raise WeightsError(f"{where} has no tensor {listed(missing)}")
+        extra = sorted(given - names)
+        if extra:
+            raise WeightsError(
+                f"{where} has tensors that its architecture does not have: {listed(extra)}"
+            )
+
     def read(
         self, theirs: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], where: str
     ) -> tuple[Tensors, Tensors]:
         """Make all tensors of ours, and what has to be kept to write theirs again.
 
         Args:
-            theirs: Their tensors, no more and no fewer.
+            theirs: Their tensors; `check_names` has accepted them.
             shapes: The shapes of ours.
             where: What the error names.
 
         Raises:
-            WeightsError: A tensor is missing, left over, of another shape, or differs from the one
+            WeightsError: A tensor is of another shape or type, not finite, or differs from the one
                 that it should be tied to.
         """
-        given = self._untied(theirs, where)
-        names = {name for rule in self.rules for name in rule.theirs}
-        missing = sorted(names - given.keys() - self.zero_if_absent)
-        if missing:
-            raise WeightsError(f"{where} has no tensor {listed(missing)}")
-        extra = sorted(given.keys() - names)
-        if extra:
-            raise WeightsError(
-                f"{where} has tensors that its architecture does not have: {listed(extra)}"
-            )
+        given = {n: tensor for n, tensor in theirs.items() if not n.endswith(self.ignored)}
+        for name, tensor in given.items():
+            _check_plain(name, tensor, where)
+        given = self._untied(given, where)
         ours: Tensors = {}
         kept: Tensors = {}
         for rule in self.rules:
@@ -155,6 +172,7 @@ class Table:
                         f"{where}: {name} is {tuple(part.shape)}, but by config.json it would be "
                         f"{tuple(like.shape)}"
                     )
+            require_finite(dict(zip(rule.theirs, parts, strict=True)), where)
             ours[rule.ours] = rule.read(parts)
             kept.update(rule.keep(parts))
         for name, other in self.ours_tied.items():
@@ -162,8 +180,8 @@ class Table:
         return ours, kept
 
     def _untied(self, theirs: Mapping[str, Tensor], where: str) -> Tensors:
-        """Theirs without what is computed or tied; tied tensors must be equal."""
-        given = {n: tensor for n, tensor in theirs.items() if not n.endswith(self.ignored)}
+        """Theirs without what is tied; tied tensors must be equal."""
+        given = dict(theirs)
         for name, other in self.theirs_tied.items():
             if name not in given:
                 continue
@@ -191,6 +209,36 @@ class Table:
             for name, part in zip(rule.theirs, rule.write(tensor, kept), strict=True):
                 theirs[name] = part.contiguous()
         return theirs
+
+
+def _check_plain(name: str, tensor: Tensor, where: str) -> None:
+    """Refuse a tensor of another dtype, and one that does not store all its elements."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype not in _NUMBERS:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _NUMBERS)
+        raise WeightsError(f"{where}: {name} has type {kind}; supported: {supported}")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        raise WeightsError(f"{where}: {name} does not store all its elements")
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse tensors with NaN or infinity, including values that overflow float32.
+
+    Args:
+        tensors: The tensors by name.
+        where: The path, for errors.
+
+    Raises:
+        WeightsError: A tensor has such a value.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            n = int((~tensor.float().isfinite()).sum())
+            raise WeightsError(
+                f"{where}: {name} has {n:,} of {tensor.numel():,} values that are not finite: the "
+                "training diverged or the file is damaged; use an earlier checkpoint"
+            )
 
 
 def affine(rule: type[Rule], ours: str, *theirs: str) -> list[Rule]:

@@ -3,6 +3,7 @@
 A model is a protocol buffer: https://github.com/google/sentencepiece, sentencepiece_model.proto.
 """
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -10,15 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from tx_lightning.weights.errors import WeightsError
+from tx_lightning.weights.folders import damaged
 
 SPACE = "▁"
 _NORMAL = 1
-_TYPES = {2: "unknown", 3: "control", 4: "user-defined", 5: "unused", 6: "byte"}
+_SKIPPED = (2, 3, 5)  # unknown, control, unused
+_TYPES = {4: "user-defined", 6: "byte"}
 _UNIGRAM = 1
+_LONGEST_VARINT = 64  # bits
 _BEFORE, _BEHIND = " ", "  "  # around what the model does not know
 _AROUND = r"\A +| +\z"  # spaces around a text
 
@@ -49,26 +54,29 @@ def read_pieces(path: Path) -> Pieces:
     scores: dict[str, float] = {}
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
-    try:
-        for number, value in _fields(path.read_bytes()):
+    broken = "is truncated or no SentencePiece model"
+    with damaged(path, "cannot be read"):
+        content = path.read_bytes()
+    with damaged(path, broken):
+        for number, value in _fields(content):
             if number == 1:
                 piece = dict(_fields(value))
-                kind = piece.get(3, _NORMAL)
-                if kind == _NORMAL:
-                    scores[piece[1].decode()] = struct.unpack("<f", piece.get(2, b"\0" * 4))[0]
-                elif kind in (4, 6):
+                kind, text = piece.get(3, _NORMAL), bytes(piece[1]).decode()
+                score = struct.unpack("<f", piece.get(2, b"\0" * 4))[0]
+                if kind == _NORMAL and text and math.isfinite(score):
+                    scores[text] = score
+                elif kind not in _SKIPPED:
                     raise WeightsError(
-                        f"{path}: the piece {piece[1].decode()!r} is {_TYPES[kind]}; supported: "
+                        f"{path}: the piece {text!r} is {_TYPES.get(kind, 'odd')}; supported: "
                         "plain pieces"
                     )
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
                 normalizer = dict(_fields(value))
-    except (IndexError, KeyError, TypeError, UnicodeDecodeError, struct.error) as error:
-        raise WeightsError(f"{path} is truncated or no SentencePiece model") from error
-    if not scores:
-        raise WeightsError(f"{path} is truncated or no SentencePiece model")
+        charsmap = normalizer.get(2, b"")
+        if not scores or not isinstance(charsmap, bytes):
+            raise WeightsError(f"{path} {broken}")
     if trainer.get(3, _UNIGRAM) != _UNIGRAM:
         raise WeightsError(f"{path}: model_type is {trainer[3]}; supported: {_UNIGRAM}, unigram")
     if trainer.get(24, 0):
@@ -77,10 +85,36 @@ def read_pieces(path: Path) -> Pieces:
         raise WeightsError(f"{path}: escape_whitespaces is false; supported: true")
     return Pieces(
         scores,
-        charsmap=normalizer.get(2, b""),
+        charsmap=charsmap,
         add_space=bool(normalizer.get(3, 1)),
         single_spaces=bool(normalizer.get(4, 1)),
     )
+
+
+def check_charsmap(charsmap: bytes) -> None:
+    """Refuse a character map on which the tokenizers library panics for some text.
+
+    The format: size of a trie in bytes, the trie as a double array of 32-bit units (Aoe 1989, the
+    layout of darts-clone), and zero-terminated strings, to which the values of the trie point. The
+    library follows all offsets unchecked.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    strings = charsmap[4 + size :]
+    strings.decode()
+    units = np.frombuffer(charsmap[4 : 4 + size], "<u4").astype(np.int64)
+    if len(units) == 0 or not strings.endswith(b"\0"):
+        raise ValueError("its normalization is incomplete")
+    values = units >= 1 << 31
+    children = np.arange(len(units)) ^ ((units >> 10) << ((units & 1 << 9) >> 6))
+    inner = ~values
+    if (children[inner] | 255).max() >= len(units):
+        raise ValueError("its normalization points beyond its end")
+    if not values[children[inner & (units >> 8 & 1 == 1)]].all():
+        raise ValueError("its normalization lacks a value")
+    starts = np.frombuffer(b"\0" + strings, np.uint8)[:-1] == 0
+    targets = units[values] & (1 << 31) - 1
+    if (targets >= len(starts)).any() or not starts[targets].all():
+        raise ValueError("its normalization points into a string")
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -106,13 +140,14 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
 def _varint(message: bytes, place: int) -> tuple[int, int]:
     """An integer in groups of 7 bits, and the place behind it."""
     value = shift = 0
-    while True:
+    while shift < _LONGEST_VARINT:
         byte = message[place]
         place += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, place
         shift += 7
+    raise ValueError("an integer has more than 64 bits")
 
 
 def as_tokenizer(

@@ -1,18 +1,25 @@
 """BART (Lewis et al. 2020) and Marian (Junczys-Dowmunt et al. 2018) and our `EncoderDecoder`."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from tx_lightning.data.tokenizers import SpecialIds
+from tx_lightning.data.tokenizers import SpecialIds, Tokenizers
 from tx_lightning.models import EncoderDecoder
-from tx_lightning.nn import EncoderLayer, LearnedPositions, SinusoidalPositions
+from tx_lightning.nn import EncoderLayer, LearnedPositions, Positions, SinusoidalPositions
+from tx_lightning.nn.positions import sinusoids
+from tx_lightning.weights import marian
 from tx_lightning.weights.configuration import (
+    MOST_LAYERS,
     Arguments,
     Configuration,
     feed_forward_of,
     norm_eps,
 )
+from tx_lightning.weights.generation import SEARCH, read_search
 from tx_lightning.weights.plans import (
     ExportPlan,
     Family,
@@ -22,9 +29,26 @@ from tx_lightning.weights.plans import (
     not_representable,
     required,
 )
-from tx_lightning.weights.rules import Flat, LaterRows, Rule, Same, Stacked, Table, affine, same
+from tx_lightning.weights.rules import (
+    Flat,
+    LaterRows,
+    Rule,
+    Same,
+    Stacked,
+    Table,
+    Tensors,
+    affine,
+    same,
+)
 
 _BIAS = "final_logits_bias"
+_POSITIONS = 1024  # ours have no limit, transformers needs one
+_BART_BLOCKS = {  # fields of older versions that CTranslate2's converter reads
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+    "normalize_embedding": True,
+}
+_COMPARED = 16  # positions
 
 
 def plan_bart(config: Configuration, architecture: str, task: str | None) -> ImportPlan:
@@ -33,9 +57,8 @@ def plan_bart(config: Configuration, architecture: str, task: str | None) -> Imp
     Raises:
         WeightsError: The configuration cannot be represented.
     """
-    for flag in ("normalize_before", "add_final_layer_norm", "static_position_embeddings"):
-        config.only(flag, False)
-    config.only("normalize_embedding", True)
+    for flag, value in {**_BART_BLOCKS, "static_position_embeddings": False}.items():
+        config.only(flag, value)
     positions = {
         "class_path": "tx_lightning.nn.LearnedPositions",
         "init_args": {"max_length": config.integer("max_position_embeddings")},
@@ -74,108 +97,79 @@ def _plan(
 ) -> ImportPlan:
     check_task(task, "Translation", architecture)
     config.only("tie_word_embeddings", True)
+    config.only("is_encoder_decoder", True)
+    config.only("is_decoder", False)
     encoder_layers, decoder_layers = (
-        config.integer(f"{stack}_layers") for stack in ("encoder", "decoder")
+        config.integer(f"{stack}_layers", most=MOST_LAYERS) for stack in ("encoder", "decoder")
     )
+    config.equal("encoder_attention_heads", "decoder_attention_heads")
     network = {
         "d_model": config.integer("d_model"),
-        "n_heads": config.equal("encoder_attention_heads", "decoder_attention_heads"),
+        "n_heads": config.heads("encoder_attention_heads", "d_model"),
         "n_encoder_layers": encoder_layers,
         "n_decoder_layers": decoder_layers,
         "d_ff": config.equal("encoder_ffn_dim", "decoder_ffn_dim"),
-        "dropout": config.number("dropout"),
-        "attention_dropout": config.number("attention_dropout"),
+        "dropout": config.share("dropout"),
+        "attention_dropout": config.share("attention_dropout"),
         "feed_forward": config.feed_forward(
-            "activation_function", config.number("activation_dropout")
+            "activation_function", config.share("activation_dropout")
         ),
         "scale_embeddings": config.flag("scale_embedding"),
         "output_bias": True,
-        "pad_id": config.integer("pad_token_id"),
+        "pad_id": config.token_id("pad_token_id"),
         **changes,
     }
     notes = [
         f"{stack}_layerdrop is {config[f'{stack}_layerdrop']}: in training, it will be 0"
         for stack in ("encoder", "decoder")
-        if config.number(f"{stack}_layerdrop") != 0
+        if config.share(f"{stack}_layerdrop") != 0
     ]
+    longest = config.integer("max_position_embeddings")
+    search, more = read_search(config, longest if learned else None)
     arguments = {
         "vocab_size": config.integer("vocab_size"),
         "network": {"class_path": "tx_lightning.models.EncoderDecoder", "init_args": network},
-        **_decoding(config, config.integer("max_position_embeddings") if learned else None),
+        **search,
     }
     return ImportPlan(
         task="Translation",
         arguments=arguments,
-        table=_table(encoder_layers, decoder_layers, learned=learned, shared=shared, bias=True),
-        notes=tuple(notes),
+        table=_table(encoder_layers, decoder_layers, learned=learned, shared=shared),
+        notes=(*notes, *more),
     )
-
-
-def _decoding(config: Configuration, longest: int | None) -> Arguments:
-    """How to search, as far as the files say it in terms that are also ours.
-
-    Args:
-        config: Their terms.
-        longest: Positions of the decoder, None for no limit.
-    """
-    filters = []
-    if config["forced_bos_token_id"] is not None:
-        first = [config.integer("forced_bos_token_id")]
-        filters.append(_filter("BeginWith", ids=first))
-    if config["no_repeat_ngram_size"]:
-        filters.append(_filter("NoRepeatNgram", size=config.integer("no_repeat_ngram_size")))
-    if config["min_length"]:  # where theirs counts the token that decoding starts with
-        filters.append(_filter("MinLength", length=config.integer("min_length") - 1))
-    beams = config["num_beams"]
-    searches = {"decoding": "Greedy", "test_decoding": "Beam"}
-    options: dict[str, Arguments] = {name: {"filters": filters} for name in searches}
-    if config["max_length"] is not None or longest is not None:
-        limits = [longest] if longest is not None else []
-        if config["max_length"] is not None:  # theirs, likewise
-            limits.append(config.integer("max_length") - 1)
-        for option in options.values():
-            option.update(max_length_ratio=0.0, max_length_offset=min(limits))
-    if beams is not None and beams > 1:
-        options["test_decoding"]["beam_size"] = config.integer("num_beams")
-    return {
-        name: {"class_path": f"tx_lightning.decoding.{search}", "init_args": options[name]}
-        for name, search in searches.items()
-    }
-
-
-def _filter(name: str, **arguments: Any) -> Arguments:
-    return {"class_path": f"tx_lightning.decoding.{name}", "init_args": arguments}
 
 
 def special_ids_of_bart(config: Configuration, token_id: TokenId) -> SpecialIds:
     """Decoding starts with the end of a text; every text starts with <s>, where there is one."""
-    return SpecialIds(
-        pad=config.integer("pad_token_id"),
-        bos=config.integer("decoder_start_token_id"),
-        eos=config.integer("eos_token_id"),
-        unk=required(token_id, "unk_token"),
-        mask=token_id("mask_token"),
-        prefix=() if config["bos_token_id"] is None else (config.integer("bos_token_id"),),
-    )
+    prefix = () if config["bos_token_id"] is None else (config.token_id("bos_token_id"),)
+    return _special_ids(config, token_id, token_id("mask_token"), prefix)
 
 
 def special_ids_of_marian(config: Configuration, token_id: TokenId) -> SpecialIds:
     """Decoding starts with padding."""
-    return SpecialIds(
-        pad=config.integer("pad_token_id"),
-        bos=config.integer("decoder_start_token_id"),
-        eos=config.integer("eos_token_id"),
+    return _special_ids(config, token_id, None, ())
+
+
+def _special_ids(
+    config: Configuration, token_id: TokenId, mask: int | None, prefix: tuple[int, ...]
+) -> SpecialIds:
+    eos, own = config.token_id("eos_token_id"), token_id("eos_token")
+    if own not in (None, eos):
+        raise config.refused("eos_token_id", f"{own}, the id of the tokenizer's eos_token")
+    ids = SpecialIds(
+        pad=config.token_id("pad_token_id"),
+        bos=config.token_id("decoder_start_token_id"),
+        eos=eos,
         unk=required(token_id, "unk_token"),
+        mask=mask,
+        prefix=prefix,
     )
+    if ids.pad in (ids.eos, ids.unk, ids.mask, *prefix):  # attention masks padding
+        raise config.refused("pad_token_id", "an id that no other token of a text has")
+    return ids
 
 
-_SEARCH = (
-    "forced_bos_token_id",
-    "no_repeat_ngram_size",
-    "min_length",
-    "max_length",
-    "num_beams",
-)
+_OVERRIDDEN = (*SEARCH, "decoder_start_token_id", "eos_token_id")
 _DEFAULTS: Arguments = {
     "max_position_embeddings": 1024,
     "encoder_layers": 12,
@@ -193,7 +187,7 @@ _DEFAULTS: Arguments = {
     "activation_dropout": 0.0,
     "scale_embedding": False,
     "tie_word_embeddings": True,
-    **dict.fromkeys(_SEARCH),
+    **dict.fromkeys(SEARCH),
 }
 _BASE = "model"
 _PARTS = frozenset({"shared", "encoder", "decoder"})
@@ -220,7 +214,7 @@ BART = Family(
     },
     plan=plan_bart,
     special_ids=special_ids_of_bart,
-    search=_SEARCH,
+    overridden=_OVERRIDDEN,
 )
 MARIAN = Family(
     model_type="marian",
@@ -239,7 +233,7 @@ MARIAN = Family(
     special_tokens={"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     plan=plan_marian,
     special_ids=special_ids_of_marian,
-    search=_SEARCH,
+    overridden=_OVERRIDDEN,
 )
 
 
@@ -249,6 +243,9 @@ def describe(network: EncoderDecoder) -> ExportPlan:
     Raises:
         WeightsError: Neither has such a network.
     """
+    for stack, depth in (("encoder", network.encoder), ("decoder", network.decoder)):
+        if not depth.layers:
+            raise not_representable("BART or Marian", f"n_{stack}_layers", "0", "1 and more")
     positions = network.encoder.positions
     learned = type(positions) is LearnedPositions
     kind = "BART" if learned else "Marian"
@@ -257,8 +254,8 @@ def describe(network: EncoderDecoder) -> ExportPlan:
         raise not_representable("BART", "positions", type(positions).__name__, supported)
     if isinstance(positions, SinusoidalPositions) and positions.layout != "halves":
         raise not_representable("Marian", "layout of positions", positions.layout, "halves")
-    if isinstance(positions, SinusoidalPositions) and positions.amplitude != 1:
-        raise not_representable("Marian", "scale of positions", str(positions.amplitude), "1")
+    if not learned and not _are_plain(positions, network.output.in_features):
+        raise not_representable("Marian", "positions", "scaled", "those of scale 1")
     first = cast(EncoderLayer, network.encoder.layers[0])
     residuals = (first.attention_residual, first.feed_forward_residual)
     if first.attention_residual.pre_norm:
@@ -301,22 +298,46 @@ def describe(network: EncoderDecoder) -> ExportPlan:
         config["max_position_embeddings"] = positions.max_length
     else:
         config["architectures"] = ["MarianMTModel"]
-        config["decoder_vocab_size"] = config["vocab_size"]
         config["share_encoder_decoder_embeddings"] = network.share_embeddings
     table = _table(
         len(network.encoder.layers),
         len(network.decoder.layers),
         learned=learned,
         shared=network.share_embeddings,
-        bias=network.output_bias is not None,
     )
     family = BART if learned else MARIAN
-    return ExportPlan(family.model_type, config, table, longest=positions.max_length)
+    unsaid = _BART_BLOCKS if learned else {"max_position_embeddings": _POSITIONS}
+    return ExportPlan(family.model_type, config, table, unsaid, longest=positions.max_length)
 
 
-def _table(
-    n_encoder_layers: int, n_decoder_layers: int, *, learned: bool, shared: bool, bias: bool
-) -> Table:
+def lay_out(
+    plan: ExportPlan, network: EncoderDecoder, state: Tensors, tokenizers: Tokenizers
+) -> tuple[ExportPlan, Tensors, Tokenizers, Mapping[int, int]]:
+    """Rewrite a translation model in Marian's layout, if it is exported as Marian.
+
+    Returns:
+        Plan, state dict and tokenizers to export, and a map from our token ids to theirs.
+    """
+    if plan.model_type != MARIAN.model_type or not marian.has_layout(tokenizers):
+        return plan, state, tokenizers, {i: i for i in range(plan.rows)}
+    state, tokenizers, places = marian.with_layout(
+        state,
+        tokenizers,
+        shared=network.share_embeddings,
+        scale=network.target_embedding.scale,
+    )
+    rows = tokenizers.target.vocab_size
+    config = {**plan.config, "vocab_size": rows}
+    return replace(plan, config=config), state, tokenizers, places
+
+
+def _are_plain(positions: Positions, width: int) -> bool:
+    """Return whether the position scheme adds exactly what Marian adds."""
+    added = positions.embed(torch.zeros(1, _COMPARED, width))[0]
+    return torch.allclose(added, sinusoids(torch.arange(float(_COMPARED)), width, "halves"))
+
+
+def _table(n_encoder_layers: int, n_decoder_layers: int, *, learned: bool, shared: bool) -> Table:
     """The tensors of both; we keep queries, keys and values in one matrix.
 
     Args:
@@ -324,7 +345,6 @@ def _table(
         n_decoder_layers: Layers of the decoder.
         learned: Whether positions are learned, and embeddings have a norm.
         shared: Whether there is one table of embeddings.
-        bias: Whether our logits have a bias; theirs always do.
     """
     source, target = "source_embedding.tokens.weight", "target_embedding.tokens.weight"
     theirs_source, theirs_target = (
@@ -339,8 +359,7 @@ def _table(
         theirs_tied |= {theirs_source: table, theirs_target: table}
     else:
         rules.append(same(source, theirs_source))
-    if bias:
-        rules.append(Flat("output.bias", (_BIAS,)))
+    rules.append(Flat("output.bias", (_BIAS,)))  # mandatory there
     for stack, side in (("encoder", "source"), ("decoder", "target")):
         if learned:
             name = f"model.{stack}.layernorm_embedding"
