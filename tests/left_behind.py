@@ -39,6 +39,8 @@ FREEZE = gc.freeze
 OF_THE_PROCESS = ("wandb-media", "wandb-artifacts", "pymp-")  # one folder each
 CHILD = "child process: "
 HELPERS = ("resource_tracker", "forkserver")
+# jsonargparse puts a new class of this name beside the parser's at every parsing.
+RENEWED = "_ArgumentGroupAutoSubclass"
 NOT_WATCHED = {"__pycache__", "runs", "wandb"}  # folders of the checkout; runs/ may be in use
 
 
@@ -135,6 +137,8 @@ class Guard:
     def _changed_names(self) -> Iterator[str]:
         for module, names in self._names:
             for name, value in names.replaced().items():
+                if name == RENEWED:
+                    continue
                 yield f"patched: {module.__name__}.{name}"
                 setattr(module, name, value)
 

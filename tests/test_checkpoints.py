@@ -89,7 +89,7 @@ def test_python_objects_are_not_unpickled(tmp_path: Path) -> None:
     ("changed", "says"),
     [
         ({"tx_lightning": None}, "was not written by tx_lightning"),
-        ({"tx_lightning": checkpoints.checkpoint_record(SETTINGS, {}) | {"format": 2}}, "format 2"),
+        ({"tx_lightning": checkpoints.checkpoint_record(SETTINGS, {}) | {"format": 3}}, "format 3"),
     ],
 )
 def test_checkpoints_of_others_are_refused(

@@ -23,9 +23,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 
 from tx_lightning import __version__
-from tx_lightning.configuration import ConfigurationParser
+from tx_lightning.configuration import ConfigurationParser, upgraded_settings
 
-FORMAT = 1
+FORMAT = 2  # 1 is read as well
 RECORD = "tx_lightning"
 
 
@@ -99,11 +99,13 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
         raise CheckpointError(
             f"checkpoint {path} has no '{RECORD}' entry: it was not written by tx_lightning"
         )
-    if record["format"] != FORMAT:
+    if record["format"] not in (1, FORMAT):
         raise CheckpointError(
-            f"checkpoint {path} has format {record['format']}, this version reads format {FORMAT}: "
-            f"use tx_lightning {record['versions']['tx_lightning']}, which wrote it"
+            f"checkpoint {path} has format {record['format']}, this version reads formats 1 to "
+            f"{FORMAT}: use tx_lightning {record['versions']['tx_lightning']}, which wrote it"
         )
+    if record["format"] == 1:
+        record["task"] = upgraded_settings(record["task"])
     return checkpoint
 
 

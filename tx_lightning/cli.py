@@ -44,6 +44,7 @@ from tx_lightning.configuration import (
     DuplicateKey,
     differences,
     given,
+    upgraded_settings,
     without_option,
 )
 from tx_lightning.data.module import TextData
@@ -283,6 +284,7 @@ class CommandLine(LightningCLI):
             raise ConfigurationError(
                 "no model section: give --config with one, or --ckpt_path with a checkpoint"
             )
+        self._keep_settings_of_format_1()
         if self.checkpoint is None:
             return
         recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
@@ -317,6 +319,14 @@ class CommandLine(LightningCLI):
                 f"the model section differs from that of checkpoint {shown(self.checkpoint)}: "
                 f"{shown_keys}. Choose with --model_from config or --model_from checkpoint"
             )
+
+    def _keep_settings_of_format_1(self) -> None:
+        """Read the model section as it was meant when the checkpoint to go on from was written."""
+        path = self.checkpoint or self._section().pretrained
+        if path and read_checkpoint(path, lazily=True)[RECORD]["format"] == 1:
+            section = {"model": upgraded_settings(self._plain(self.config)["model"])}
+            tree = {self.verb: section} if self.verb else section
+            self.config = self.parser.parse_object(tree, self.config)
 
     def _plain(self, config: Any) -> dict[str, Any]:
         """The verb's configuration as plain values, complete, linked ones included."""

@@ -300,6 +300,40 @@ def without_option(words: Sequence[str], key: str) -> list[str]:
     return rest
 
 
+_SINUSOIDS = (
+    "tx_lightning.nn.SinusoidalPositions",
+    "tx_lightning.nn.positions.SinusoidalPositions",
+)
+
+
+def upgraded_settings(settings: Any) -> Any:
+    """Return the model settings of a checkpoint of format 1 with what they left unsaid.
+
+    Sinusoids had no scale then, and were as large as 1 beside token embeddings of any size. The
+    weights were trained with that, so it is written into the settings of every sinusoid.
+
+    Args:
+        settings: Nested mappings and lists, as `{"class_path": ..., "init_args": ...}`.
+    """
+    if isinstance(settings, list):
+        return [upgraded_settings(value) for value in settings]
+    if isinstance(settings, str) and settings in _SINUSOIDS:
+        settings = {"class_path": settings}
+    if not isinstance(settings, Mapping):
+        return settings
+    found = {
+        key: value if key == "class_path" else upgraded_settings(value)
+        for key, value in settings.items()
+    }
+    if found.get("class_path") in _SINUSOIDS:
+        arguments = found.get("init_args") or {}
+        scale = 1.0 if arguments.get("scale") is None else arguments["scale"]
+        found["init_args"] = {**arguments, "scale": scale}
+    if "scale_embeddings" in found and "positions" not in found:  # an EncoderDecoder's default
+        found["positions"] = upgraded_settings(_SINUSOIDS[0])
+    return found
+
+
 def _mapping(path: str) -> Mapping[str, Any]:
     try:
         tree = read_yaml(path)

@@ -3,13 +3,14 @@
 Shapes: N tokens, D d_model, V vocabulary.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tx_lightning.nn.linear import ROWS, matmul_transposed, outer_sum
+from tx_lightning.nn.linear import ROWS, matmul_transposed, outer_sum, product_dtype
 
 # Logits held at once. On a CPU they should stay in its cache; a GPU wants large products.
 _CHUNK_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -75,9 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        h, w = hidden.to(dtype), weight.to(dtype)
-        b = None if bias is None else bias.to(dtype)
+        h, w = hidden.to(product_dtype(hidden)), weight.to(product_dtype(weight))
+        b = None if bias is None else bias.to(product_dtype(bias))
         rows = max(1, _CHUNK_LOGITS.get(device, 1 << 27) // weight.shape[0])
         rows -= rows % ROWS if rows > ROWS else 0
         uniform = label_smoothing / weight.shape[0]
@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_b = torch.zeros_like(b, dtype=wide) if needs_grad and b is not None else None
         nll = torch.zeros((), device=hidden.device, dtype=wide)
         all_nll = torch.zeros_like(nll)  # summed over the whole vocabulary
-        with torch.autocast(device, enabled=False):
+        with _without_autocast(device):
             for chunk in range(0, len(targets), rows):
                 part = slice(chunk, chunk + rows)
                 target = targets[part, None]
@@ -103,8 +103,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_b is not None:
                     grad_b += p.sum(0)
                 p = p.to(h.dtype)
-                grad_h[part] = _matmul_transposed(p, w.t())
-                grad_w += _outer_sum(p, h[part])
+                grad_h[part] = matmul_transposed(p, w.t())
+                grad_w += outer_sum(p, h[part])
             if grad_h is not None and grad_w is not None and label_smoothing:
                 grad_h -= uniform * w.sum(0)
                 grad_w -= uniform * h.sum(0, dtype=wide)
@@ -131,18 +131,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def _logits(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    logits = _matmul_transposed(h, w)
+    logits = matmul_transposed(h, w)
     return logits if b is None else logits.add_(b)
-
-
-def _matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and a.dtype == torch.float32:
-        return matmul_transposed(a, b)
-    return a @ b.t()
-
-
-def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
-    if a.device.type == "cpu" and a.dtype == torch.float32:
-        return outer_sum(a, b)
-    return a.t() @ b

@@ -17,6 +17,7 @@ from tests.tasks.test_tagging import make_data as tagging_data
 from tests.tasks.test_tagging import make_task as tagging_task
 from tx_lightning.callbacks import ClassReport
 from tx_lightning.callbacks.class_report import draw_confusion
+from tx_lightning.callbacks.pictures import save
 from tx_lightning.metrics import Confusion
 from tx_lightning.tasks import Translation
 
@@ -145,3 +146,16 @@ def test_pyplot_is_not_touched(
 def test_a_task_without_labels_is_refused(trainer: MakeTrainer, task: Translation) -> None:
     with pytest.raises(ValueError, match="ClassReport has nothing to report of a Translation"):
         ClassReport().setup(trainer(), task, "fit")
+
+
+def test_odd_labels_stay_as_they_are(tmp_path: Path) -> None:
+    names = ["$x$", "_private", "\\alpha", "{", ".", "a\nb", "<b>"]
+    figure = draw_confusion(Confusion(torch.eye(7, dtype=torch.int64)), names, "accuracy $1$")
+    shown = [text.get_text() for text in figure.axes[0].texts]
+    for name in names:
+        assert shown.count(name.replace("\n", "\\n")) == 2  # its row and its column
+    save(figure, tmp_path / "odd.png")
+    extents = [text.get_window_extent() for text in (*figure.texts, *figure.axes[0].texts)]
+    width, height = figure.get_size_inches() * figure.dpi
+    assert all(0 <= box.x0 <= box.x1 <= width for box in extents)
+    assert all(0 <= box.y0 <= box.y1 <= height for box in extents)

@@ -637,8 +637,11 @@ def test_attention_dropout_reaches_every_attention() -> None:
 
 def test_pad_id() -> None:
     model, zero = network(pad_id=18), network(pad_id=0)
-    assert model.encode(SOURCE).mask.all()
-    assert zero.encode(SOURCE).mask[:, 0, 0].equal(SOURCE != 0)
+    every, real = model.encode(SOURCE).mask, zero.encode(SOURCE).mask
+    assert every is not None
+    assert every.all()
+    assert real is not None
+    assert real[:, 0, 0].equal(SOURCE != 0)
 
 
 def test_width_not_divisible_by_heads() -> None:

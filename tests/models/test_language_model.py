@@ -412,7 +412,9 @@ def test_the_kernel_masks_the_future_where_it_can(
         kernel = layer.self_attention.kernel
 
         def spy(*arguments: Any, kernel: Any = kernel) -> Tensor:
-            calls.append((arguments[3] is None, arguments[4]))
+            mask, causal, _, score_bias = arguments[3:]
+            assert mask is None or score_bias is None
+            calls.append((mask is score_bias is None, causal))
             return kernel(*arguments)
 
         layer.self_attention.kernel = spy
@@ -484,9 +486,7 @@ def test_initialization(init_std: float, tie: bool, feed_forward: FeedForwardFac
         else:
             matrices += 1
             last = name.endswith(("self_attention.output.weight", "feed_forward.outer.weight"))
-            std = 0.02 if "positions" in name else init_std
-            if last:
-                std /= math.sqrt(2 * 8)
+            std = init_std / math.sqrt(2 * 8) if last else init_std
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(parameter.mean().item()) < 0.1 * std, name
     in_a_layer = 5 if feed_forward is SwiGLUFeedForward else 4

@@ -273,8 +273,7 @@ def test_initialization(feed_forward: FeedForwardFactory, init_std: float) -> No
         elif name.endswith("bias"):
             assert parameter.count_nonzero() == 0, name
         else:
-            std = 0.02 if "positions" in name else init_std
-            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert parameter.std().item() == pytest.approx(init_std, rel=0.05), name
     assert model.embedding.tokens.weight[3].count_nonzero() == 0
     assert model.embedding.tokens.weight[0].count_nonzero() == 64
 

@@ -20,7 +20,7 @@ SQUARE = (torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(0)) > 0
     torch.eye(T, dtype=torch.bool)
 )
 
-CASES: dict[str, tuple[int, Tensor | None, bool]] = {  # keys, mask, causal
+CASES: dict[str, tuple[int, Tensor | None, bool]] = {  # keys, mask or score bias, causal
     "no mask": (T, None, False),
     "cross": (S, None, False),
     "causal": (T, None, True),
@@ -30,6 +30,11 @@ CASES: dict[str, tuple[int, Tensor | None, bool]] = {  # keys, mask, causal
     "additive padding": (S, ADDITIVE.masked_fill(~PADDING[:, None, None, :], -math.inf), False),
     "causal as a mask": (S, causal_mask(T, S, torch.device("cpu")), False),
     "boolean causal": (T, SQUARE & causal_mask(T, T, torch.device("cpu")), False),
+    # The kernels of torch have these not at all, or with another meaning.
+    "causal and a mask": (T, SQUARE, True),
+    "causal and additive": (T, ADDITIVE[..., :T], True),
+    "causal after earlier keys": (S, None, True),
+    "causal after earlier keys and additive": (S, ADDITIVE, True),
 }
 
 
@@ -41,12 +46,13 @@ def attend(kernel: str, case: str, dtype: torch.dtype) -> list[Tensor]:
         torch.randn(B, H, n, K, generator=generator).to(dtype).requires_grad_()
         for n in (T, keys, keys)
     )
+    bias: Tensor | None = None
     if mask is not None and mask.is_floating_point():
-        mask = mask.to(dtype)
+        bias, mask = mask.to(dtype), None
     if kernel == "fused":
-        y = fused_attention(q, k, v, mask, causal, 0.0)
+        y = fused_attention(q, k, v, mask, causal, 0.0, bias)
     else:
-        y, _ = naive_attention(q, k, v, mask, causal)
+        y, _ = naive_attention(q, k, v, mask, causal, score_bias=bias)
     factors = torch.linspace(-1, 1, y.numel()).view(y.shape).to(dtype)
     return [y, *torch.autograd.grad((y * factors).sum(), (q, k, v))]
 

@@ -208,7 +208,7 @@ def test_alibi_bias_by_hand() -> None:
 def test_alibi_prefers_the_near() -> None:
     q = k = torch.ones(1, 2, 6, 4)
     bias = AlibiPositions(8, 2, False).bias(6, 6)
-    _, weights = naive_attention(q, k, torch.randn(1, 2, 6, 4), bias, causal=True)
+    _, weights = naive_attention(q, k, torch.randn(1, 2, 6, 4), causal=True, score_bias=bias)
     last = weights[0, :, -1]
     assert (last.diff(dim=-1) > 0).all()
 

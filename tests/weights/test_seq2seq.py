@@ -234,6 +234,9 @@ def own(path: Path, **changes: Any) -> EncoderDecoder:
     return network
 
 
+AS_LARGE_AS_1 = {**hf.HALVES, "init_args": {"layout": "halves", "scale": 1.0}}
+
+
 @pytest.mark.parametrize("changes", [{}, {"output_bias": True, "scale_embeddings": False}])
 def test_a_model_trained_here_may_be_a_bart(changes: dict[str, Any], tmp_path: Path) -> None:
     network = own(tmp_path / "own.ckpt", **changes)
@@ -258,11 +261,17 @@ def test_a_model_trained_here_may_be_a_bart(changes: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"share_embeddings": False}, {"output_bias": True, "scale_embeddings": False}]
+    "changes",
+    [
+        {},
+        {"share_embeddings": False},
+        {"output_bias": True, "scale_embeddings": False, "positions": AS_LARGE_AS_1},
+    ],
 )
 def test_a_model_trained_here_may_be_a_marian(changes: dict[str, Any], tmp_path: Path) -> None:
     """The tokens but padding and BOS move up by two, and BOS is the last one, <pad>."""
-    network = own(tmp_path / "own.ckpt", positions=hf.HALVES, embedding_norm=None, **changes)
+    plain = {"positions": hf.HALVES, "embedding_norm": None}
+    network = own(tmp_path / "own.ckpt", **{**plain, **changes})
     assert export_weights(tmp_path / "own.ckpt", tmp_path / "ours") == "MarianMTModel"
     theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours")
     tokenizer = hf.load(tmp_path / "own.ckpt").tokenizer
@@ -307,6 +316,10 @@ def test_a_model_trained_here_may_be_a_marian(changes: dict[str, Any], tmp_path:
         ({"tie_output": False}, "tie_output is false"),
         ({"share_embeddings": False}, "share_embeddings is false"),
         ({"positions": hf.HALVES}, "embedding_norm is LayerNorm"),
+        (
+            {"positions": hf.HALVES, "embedding_norm": None, "scale_embeddings": False},
+            "positions is scaled",
+        ),
         ({"n_decoder_layers": 0}, "n_decoder_layers is 0"),
     ],
 )

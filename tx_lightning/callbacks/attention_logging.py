@@ -4,41 +4,40 @@ Shapes: L layers, H heads, T queries, S keys.
 """
 
 import re
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor, nn
+from torch import Tensor
 
+from tx_lightning.callbacks.attention_pictures import draw
 from tx_lightning.callbacks.modes import mode
+from tx_lightning.callbacks.pictures import save
 from tx_lightning.data.module import TextData
-from tx_lightning.nn.attention import MultiHeadAttention, record_attention
+from tx_lightning.nn.attention import record_attention, recordable_attentions
 from tx_lightning.nn.checks import check_size
+from tx_lightning.tasks import LanguageModeling
 from tx_lightning.tasks.task import Labels, Task
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _NAME = re.compile(r"(?:(\w+)\.)?layers\.\d+\.(self|cross)_attention")
-_MOST_TOKENS = 100  # of a side in a picture; a longer sentence is cut there
-_TOKEN, _LETTER = 0.17, 0.065  # inches for a cell and for a letter of a label
 
 
 class AttentionLogger(Callback):
-    """Draw what a few validation examples attend to, with whatever attention the network has.
+    """Draw what a few validation examples attend to.
 
     At its log points, and at no other time, the first process runs the examples through the naive
     attention kernel, in evaluation mode. For each example and kind (of a translation model
     `encoder_self`, `decoder_self` and `cross`, of a language model `self`, of a classifier
     `encoder_self`) a picture of layers by heads, queries down and keys across, goes to `attention/`
-    in the run folder, and to Weights & Biases and TensorBoard where they are loggers. The mean
-    entropy of the rows of each chosen head, in nats, is logged as
-    `attention/<kind>/layer<i>/head<j>/entropy`: 0 attends to one token, log S to all alike.
+    in the run folder, and to Weights & Biases and TensorBoard where they are loggers. It is split
+    into several where it would have more than 2,000 pixels on a side; up to 100 tokens are shown.
+    In a language model's pictures, red lines mark where a document ends. The mean entropy of the
+    rows of each chosen head, in nats, is logged as `attention/<kind>/layer<i>/head<j>/entropy`: 0
+    attends to one token, log S to all alike.
 
     Args:
         examples: Positions in the validation split.
@@ -47,7 +46,8 @@ class AttentionLogger(Callback):
         every_n_steps: Log every so many optimizer steps. null: after each validation.
 
     Raises:
-        ValueError: When there is no such example, layer or head.
+        ValueError: When there is no such example, layer or head, or when the network has no
+            attention, or attention whose weights are not known.
     """
 
     def __init__(
@@ -79,12 +79,17 @@ class AttentionLogger(Callback):
             )
         _chosen("examples", self.examples, range(_data(trainer).n_examples))
         network = pl_module.network
-        for names in _stacks(network).values():
+        attentions = recordable_attentions(network)
+        stacks = _stacks(attentions)
+        if not stacks:
+            raise ValueError(
+                f"AttentionLogger finds no layers with attention in a {type(network).__name__}: "
+                "remove it from the callbacks"
+            )
+        for names in stacks.values():
             _chosen("layers", self.layers, range(-len(names), len(names)))
             for name in names:
-                attention = network.get_submodule(name)
-                assert isinstance(attention, MultiHeadAttention)
-                _chosen("heads", self.heads, range(attention.n_heads))
+                _chosen("heads", self.heads, range(attentions[name].n_heads))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None and not trainer.sanity_checking:
@@ -109,14 +114,21 @@ class AttentionLogger(Callback):
         step = trainer.global_step
         entropies: dict[str, float] = {}
         for kind, maps in self._record(trainer, pl_module).items():
-            paths = []
-            for example, weights, labels in zip(
-                self.examples, maps.weights, maps.labels, strict=True
+            paths: dict[str, Path] = {}
+            for example, weights, labels, ends in zip(
+                self.examples, maps.weights, maps.labels, maps.ends, strict=True
             ):
                 title = f"{kind}, validation example {example}, step {step}"
-                paths.append(folder / f"{kind}-example{example}-step{step}.png")
-                _save(draw(weights, labels, maps.layers, maps.heads, title), paths[-1])
-            _log_images(trainer, kind, paths, self.examples, step)
+                reads = kind in ("decoder_self", "cross")
+                pages = draw(
+                    weights, labels, maps.layers, maps.heads, title, reads=reads, ends=ends
+                )
+                for number, page in enumerate(pages, 1):
+                    part = f"-{number}of{len(pages)}" if len(pages) > 1 else ""
+                    path = folder / f"{kind}-example{example}-step{step}{part}.png"
+                    save(page, path)
+                    paths[f"{kind}/example{example}{part}"] = path
+            _log_images(trainer, kind, paths, step)
             # (L, H, T) of each example -> (L, H, all T)
             rows = torch.cat([entropy(weights) for weights in maps.weights], dim=-1)
             for layer, of_layer in zip(maps.layers, rows.mean(-1).tolist(), strict=True):
@@ -138,7 +150,7 @@ class AttentionLogger(Callback):
                 record_attention(task.network) as maps,
             ):
                 task.network(*inputs)
-            for kind, names in _stacks(task.network).items():
+            for kind, names in _stacks(maps).items():
                 numbers = _chosen("layers", self.layers, range(-len(names), len(names)))
                 layers = list(dict.fromkeys(i % len(names) for i in numbers))
                 weights = torch.cat([maps[names[layer]] for layer in layers])  # (L, H, T, S)
@@ -146,6 +158,7 @@ class AttentionLogger(Callback):
                 of_kind = found.setdefault(kind.replace(".", "_"), _Maps(layers, heads))
                 of_kind.weights.append(weights[:, heads].float().cpu())
                 of_kind.labels.append(labels[kind])
+                of_kind.ends.append(_document_ends(task, inputs[0]))
         return found
 
 
@@ -163,6 +176,15 @@ class _Maps:
     heads: list[int]
     weights: list[Tensor] = field(default_factory=list)
     labels: list[Labels] = field(default_factory=list)
+    ends: list[list[int]] = field(default_factory=list)
+
+
+def _document_ends(task: Task[Any], ids: Tensor) -> list[int]:
+    """The tokens that end documents, where one row (1, T) can hold several."""
+    if not isinstance(task, LanguageModeling):
+        return []
+    eos_id = task.tokenizer.eos_id
+    return [place for place, token in enumerate(ids[0].tolist()) if token == eos_id]
 
 
 def entropy(weights: Tensor) -> Tensor:
@@ -171,93 +193,25 @@ def entropy(weights: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def draw(
-    weights: Tensor, labels: Labels, layers: Sequence[int], heads: Sequence[int], title: str
-) -> "Figure":
-    """Draw the maps of one sentence, a row for each layer and a column for each head.
-
-    Args:
-        weights: (L, H, T, S).
-        labels: T and S tokens, written at the left and below.
-        layers: Their L numbers.
-        heads: Their H numbers.
-        title: Stands above.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows, columns = ([_short(token) for token in tokens[:_MOST_TOKENS]] for tokens in labels)
-    weights = weights[:, :, : len(rows), : len(columns)]
-    # In inches. Placing the axes by hand takes a tenth of the time of matplotlib's layouts, and
-    # texts a tenth of that of ticks.
-    width, height = max(1.2, _TOKEN * len(columns)), max(0.6, _TOKEN * len(rows))
-    left, bottom = (_LETTER * max(map(len, tokens)) + 0.1 for tokens in (rows, columns))
-    gap, top = 0.25, 0.35
-    total_width = left + (width + gap) * len(heads)
-    total_height = bottom + (height + gap) * len(layers) + top
-    figure = Figure(figsize=(total_width, total_height))
-    FigureCanvasAgg(figure)  # no window, no global state of pyplot
-    figure.text(0.1 / total_width, 1 - 0.1 / total_height, title, fontsize=9, va="top")
-    for i, layer in enumerate(layers):
-        y = bottom + (height + gap) * (len(layers) - 1 - i)
-        for j, head in enumerate(heads):
-            x = left + (width + gap) * j
-            axes = figure.add_axes(
-                (x / total_width, y / total_height, width / total_width, height / total_height)
-            )
-            axes.imshow(weights[i, j].numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto")
-            axes.set_title(f"layer {layer}, head {head}", fontsize=7, pad=2)
-            axes.set_axis_off()
-            # A $ in the data is a $.
-            if j == 0:
-                for t, token in enumerate(rows):
-                    axes.text(-0.7, t, token, ha="right", va="center", fontsize=7, parse_math=False)
-            if i == len(layers) - 1:
-                for s, token in enumerate(columns):
-                    axes.text(
-                        s,
-                        len(rows) - 0.3,
-                        token,
-                        ha="center",
-                        va="top",
-                        fontsize=7,
-                        rotation=90,
-                        parse_math=False,
-                    )
-    return figure
-
-
-def _short(token: str) -> str:
-    return token if len(token) <= 16 else f"{token[:15]}…"
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks
-        figure.savefig(path)
-
-
-def _log_images(
-    trainer: Trainer, kind: str, paths: list[Path], examples: list[int], step: int
-) -> None:
+def _log_images(trainer: Trainer, kind: str, paths: Mapping[str, Path], step: int) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(f"attention/{kind}", [str(path) for path in paths], step=step)
+            images = [str(path) for path in paths.values()]
+            logger.log_image(f"attention/{kind}", images, step=step)
         elif isinstance(logger, TensorBoardLogger):
             from matplotlib.image import imread
 
-            for example, path in zip(examples, paths, strict=True):
+            for name, path in paths.items():
                 image = imread(path)[..., :3]
-                tag = f"attention/{kind}/example{example}"
-                logger.experiment.add_image(tag, image, step, dataformats="HWC")
+                logger.experiment.add_image(f"attention/{name}", image, step, dataformats="HWC")
 
 
-def _stacks(network: nn.Module) -> dict[str, list[str]]:
+def _stacks(names: Iterable[str]) -> dict[str, list[str]]:
     """Return the names of the attentions of each kind, in the order of their layers."""
     stacks: dict[str, list[str]] = {}
-    for name, module in network.named_modules():
+    for name in names:
         match = _NAME.fullmatch(name)
-        if match and isinstance(module, MultiHeadAttention):
+        if match:
             stack, kind = match.groups()
             key = kind if kind == "cross" or stack is None else f"{stack}.{kind}"
             stacks.setdefault(key, []).append(name)

@@ -3,7 +3,6 @@
 Shapes: C classes.
 """
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -14,6 +13,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from tx_lightning.callbacks.pictures import new_figure, save, visible, width_of, write
 from tx_lightning.metrics import Confusion
 from tx_lightning.strict_json import to_json
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 _MOST_CLASSES = 100  # in a picture and in the chart of W&B
 _NUMBERED = 20  # classes, up to which numbers stand in the cells
-_WIDE, _NARROW, _LETTER = 0.5, 0.17, 0.065  # inches for a cell, and for a letter of a label
+_WIDE, _NARROW = 50, 17  # pixels for a cell
+_LABEL, _TITLE = 8, 9  # points of a text
+_TOP, _PAD = 35, 6  # pixels
 _COLUMNS = ["label", "precision", "recall", "f1", "support"]
 
 
@@ -88,9 +90,7 @@ class ClassReport(Callback):
         picture = folder / "confusion" / f"{split}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         title = f"{split}, step {step}, accuracy {confusion.accuracy:.4f}"
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks
-            draw_confusion(confusion, labels, title).savefig(picture)
+        save(draw_confusion(confusion, labels, title), picture)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"{split}/confusion", [str(picture)], step=step)
@@ -114,46 +114,31 @@ def draw_confusion(confusion: Confusion, labels: list[str], title: str) -> "Figu
         labels: C labels.
         title: Stands above.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     counts = confusion.counts[:_MOST_CLASSES, :_MOST_CLASSES]
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # of the classes that are shown
-    names = [_short(label) for label in labels[:_MOST_CLASSES]]
+    names = [visible(label) for label in labels[:_MOST_CLASSES]]
     numbered = len(names) <= _NUMBERED
-    # In inches, placed by hand as the maps of AttentionLogger.
-    side = len(names) * (_WIDE if numbered else _NARROW)
-    margin, top = _LETTER * max(map(len, names)) + 0.4, 0.35
-    width, height = max(margin + side, _LETTER * len(title)) + 0.2, margin + side + top
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)  # no window, no global state of pyplot
-    figure.text(0.1 / width, 1 - 0.1 / height, title, fontsize=9, va="top", parse_math=False)
+    cell = _WIDE if numbered else _NARROW
+    side = len(names) * cell
+    margin = max(width_of(name, _LABEL) for name in names) + 5 * _PAD
+    width = max(margin + side, width_of(title, _TITLE)) + 2 * _PAD
+    height = margin + side + _TOP
+    figure = new_figure(width, height)
+    write(figure, _PAD / width, 1 - 14 / height, title, size=_TITLE)
     axes = figure.add_axes((margin / width, margin / height, side / width, side / height))
     axes.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", aspect="auto")
     axes.set_axis_off()
+    before, below = -0.5 - _PAD / cell, len(names) - 0.5 + _PAD / cell
     for i, name in enumerate(names):
-        # A $ in a label is a $.
-        axes.text(-0.6, i, name, ha="right", va="center", fontsize=7, parse_math=False)
-        axes.text(
-            i,
-            len(names) - 0.4,
-            name,
-            ha="center",
-            va="top",
-            fontsize=7,
-            rotation=90,
-            parse_math=False,
-        )
+        write(axes, before, i, name, size=_LABEL, ha="right")
+        write(axes, i, below, name, size=_LABEL, ha="center", va="top", rotation=90)
         for j in range(len(names) if numbered else 0):
-            colour = "white" if shares[i, j] > 0.5 else "black"
+            color = "white" if shares[i, j] > 0.5 else "black"
             number = f"{int(counts[i, j]):,}"
-            axes.text(j, i, number, ha="center", va="center", fontsize=7, color=colour)
-    figure.text(0.1 / width, 0.1 / height, "down: label, across: predicted", fontsize=7)
+            write(axes, j, i, number, size=7, ha="center", color=color)
+    legend = "down: label, across: predicted"
+    write(figure, _PAD / width, _PAD / height, legend, size=_LABEL, va="bottom")
     return figure
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 16 else f"{label[:15]}…"
 
 
 def _write(path: Path, step: int, labels: list[str], confusion: Confusion) -> None:

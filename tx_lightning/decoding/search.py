@@ -249,7 +249,7 @@ class Decoding(ABC):
         problem = Problem(
             max_lengths=self._limits(source_lengths, max_lengths, texts),
             prefixes=texts,
-            forced=_forced(texts, vocabulary_size).to(device),
+            forced=_forced(texts, vocabulary_size, device),
             indices=names,
             vocabulary_size=vocabulary_size,
             banned=[*never, *(i for i in (pad_id, bos_id) if i is not None and i != eos_id)],
@@ -295,7 +295,7 @@ class Decoding(ABC):
         return hard if limits is None else [min(pair) for pair in zip(limits, hard, strict=True)]
 
 
-def _forced(prefixes: list[list[int]], vocabulary_size: int | None) -> Tensor:
+def _forced(prefixes: list[list[int]], vocabulary_size: int | None, device: torch.device) -> Tensor:
     """Return (B, longest prefix) ids, -1 after the end of a prefix."""
     size = math.inf if vocabulary_size is None else vocabulary_size
     for token in (token for prefix in prefixes for token in prefix):
@@ -306,7 +306,7 @@ def _forced(prefixes: list[list[int]], vocabulary_size: int | None) -> Tensor:
             )
     longest = max(len(prefix) for prefix in prefixes)
     rows = [prefix + [-1] * (longest - len(prefix)) for prefix in prefixes]
-    return torch.tensor(rows, dtype=torch.int64).view(len(prefixes), longest)
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(len(prefixes), longest)
 
 
 def score_dtype(logits: Tensor) -> torch.dtype:

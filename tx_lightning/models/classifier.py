@@ -8,34 +8,48 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tx_lightning.models.text_encoder import TextEncoder, initialize
 from tx_lightning.nn.checks import check_size
 from tx_lightning.nn.dropout import Dropout
+from tx_lightning.nn.layers import LayeredNetwork
 from tx_lightning.nn.linear import Linear
+from tx_lightning.nn.masks import check_mask
 
 EncoderFactory = Callable[[int], TextEncoder]
 Pooling = Literal["cls", "mean", "max"]
 
 
-def pool(x: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
+def pool(x: Tensor, real: Tensor | None, pooling: Pooling) -> Tensor:
     """Make one vector of a text: (B, T, D) -> (B, D); a text without tokens gets 0.
 
     Args:
         x: Vectors of the tokens.
-        real: (B, T), False where there is padding.
+        real: (B, T) boolean, False where there is padding; None where there is none.
         pooling: "cls" for the first token, "mean" or "max" over all of them.
+
+    Raises:
+        ValueError: `real` is not boolean.
     """
+    check_mask(real, "real")
     if pooling == "cls":
         return x[:, 0]
+    if real is None:
+        return x.amax(1) if pooling == "max" else _mean(x, x.shape[1])
     keep = real[..., None]  # (B, T, 1)
     if pooling == "mean":
-        return x.masked_fill(~keep, 0).sum(1) / keep.sum(1).clamp(min=1)
+        return _mean(x.masked_fill(~keep, 0), keep.sum(1).clamp(min=1))
     return x.masked_fill(~keep, -math.inf).amax(1).masked_fill(~keep.any(1), 0)
 
 
-class Classifier(nn.Module):
+def _mean(x: Tensor, n_tokens: Tensor | int) -> Tensor:
+    """The mean over T of x (B, T, D), in float32 at least: bfloat16 cannot count to 300."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.sum(1, dtype=wide) / n_tokens).to(x.dtype)
+
+
+class Classifier(LayeredNetwork):
     """One class per text: tanh(W h + b) of the pooled text, dropout, a linear head.
 
     Devlin et al. 2019, section 3 and figure 4; the tanh layer is BERT's pooler.
@@ -74,14 +88,19 @@ class Classifier(nn.Module):
         initialize(self.pooler, self.encoder.init_std)
         initialize(self.head, self.encoder.init_std)
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Return the logits (B, C) of ids (B, T) with segments (B, T)."""
-        x = self.encoder(ids, segments)
-        pooled = pool(x, ids != self.encoder.pad_id, self.pooling)
+    def forward(
+        self, ids: Tensor, segments: Tensor | None = None, *, padded: bool = True
+    ) -> Tensor:
+        """Return the logits (B, C) of ids (B, T) with segments (B, T).
+
+        `padded` is that of `TextEncoder`.
+        """
+        x = self.encoder(ids, segments, padded=padded)
+        pooled = pool(x, ids != self.encoder.pad_id if padded else None, self.pooling)
         return self.head(self.dropout(torch.tanh(self.pooler(pooled))))
 
 
-class Tagger(nn.Module):
+class Tagger(LayeredNetwork):
     """One class per token: dropout and a linear head (Devlin et al. 2019, section 5.3).
 
     Args:
@@ -106,6 +125,11 @@ class Tagger(nn.Module):
         self.head = Linear(self.encoder.d_model, n_tags)
         initialize(self.head, self.encoder.init_std)
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, C) of ids (B, T) with segments (B, T)."""
-        return self.head(self.dropout(self.encoder(ids, segments)))
+    def forward(
+        self, ids: Tensor, segments: Tensor | None = None, *, padded: bool = True
+    ) -> Tensor:
+        """Return the logits (B, T, C) of ids (B, T) with segments (B, T).
+
+        `padded` is that of `TextEncoder`.
+        """
+        return self.head(self.dropout(self.encoder(ids, segments, padded=padded)))

@@ -12,9 +12,9 @@ from tx_lightning.models.embeddings import Embedding, pad_with, token_table
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.checks import MOST_LAYERS, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
-from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, NormFactory
+from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, LayeredNetwork, NormFactory
 from tx_lightning.nn.linear import Linear
-from tx_lightning.nn.masks import additive_mask, causal_mask, padding_mask
+from tx_lightning.nn.masks import causal_mask, combine, padding_mask
 from tx_lightning.nn.positions import Positions, PositionsFactory, SinusoidalPositions
 
 
@@ -24,11 +24,11 @@ class Memory:
 
     Attributes:
         states: (B, S, D).
-        mask: (B, 1, 1, S), True where the source has a token.
+        mask: (B, 1, 1, S), True where the source has a token; None where nothing is padded.
     """
 
     states: Tensor
-    mask: Tensor
+    mask: Tensor | None
 
 
 @dataclass
@@ -38,12 +38,12 @@ class DecoderState:
     Attributes:
         caches: Keys and values of the target so far, one per layer.
         memories: Projected memory, one per layer, each (N, H, S, K).
-        memory_mask: (N, 1, 1, S).
+        memory_mask: (N, 1, 1, S), or None where nothing is padded.
     """
 
     caches: list[KeyValueCache]
     memories: list[KeyValues]
-    memory_mask: Tensor
+    memory_mask: Tensor | None
 
     def select(self, rows: Tensor) -> None:
         """Keep, reorder or repeat rows in place: row i becomes what row rows[i] was.
@@ -52,10 +52,11 @@ class DecoderState:
         """
         for cache in self.caches:
             cache.select(rows)
-        if len(rows) == len(self.memory_mask):
+        if len(rows) == len(self.memories[0].keys):
             return
         self.memories = [memory.select(rows) for memory in self.memories]
-        self.memory_mask = self.memory_mask.index_select(0, rows)
+        if self.memory_mask is not None:
+            self.memory_mask = self.memory_mask.index_select(0, rows)
 
 
 class Encoder(nn.Module):
@@ -69,13 +70,11 @@ class Encoder(nn.Module):
         self.positions = positions
         self.final_norm = final_norm
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         length = x.shape[1]
-        bias = self.positions.bias(length, length)
-        if bias is not None:
-            mask = additive_mask(mask, bias.to(x.dtype))
+        mask, score_bias = combine(mask, self.positions.bias(length, length), x)
         for layer in self.layers:
-            x = layer(x, mask=mask, positions=self.positions)
+            x = layer(x, mask=mask, score_bias=score_bias, positions=self.positions)
         return self.final_norm(x)
 
 
@@ -93,16 +92,16 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         """Transform a whole target, (B, T, D) -> (B, T, D), no position seeing its future."""
         length = x.shape[1]
-        mask = None
         bias = self.positions.bias(length, length)
-        if bias is not None:
-            mask = additive_mask(causal_mask(length, length, x.device), bias.to(x.dtype))
+        future = None if bias is None else causal_mask(length, length, x.device)
+        mask, score_bias = combine(future, bias, x)
         for layer in self.layers:
             x = layer(
                 x,
                 memory.states,
                 mask=mask,
-                causal=mask is None,
+                score_bias=score_bias,
+                causal=bias is None,  # the kernels' own mask, and the fastest
                 memory_mask=memory.mask,
                 positions=self.positions,
             )
@@ -110,13 +109,13 @@ class Decoder(nn.Module):
 
     def step(self, x: Tensor, state: DecoderState) -> Tensor:
         """Transform the newest position, (N, 1, D) -> (N, 1, D), given the cached earlier ones."""
-        bias = self.positions.bias(1, state.caches[0].length + 1)
-        mask = None if bias is None else bias.to(x.dtype)
+        _, score_bias = combine(None, self.positions.bias(1, state.caches[0].length + 1), x)
         for layer, cache, memory in zip(self.layers, state.caches, state.memories, strict=True):
+            layer.self_attention.reserve(x, cache)
             x = layer(
                 x,
                 memory,
-                mask=mask,
+                score_bias=score_bias,
                 memory_mask=state.memory_mask,
                 positions=self.positions,
                 cache=cache,
@@ -124,7 +123,7 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(LayeredNetwork):
     """The Transformer of "Attention is all you need"; its defaults are the paper's base model.
 
     Matrices are Xavier uniform, embeddings normal with variance 1 / d_model (section 3.4 multiplies
@@ -232,19 +231,28 @@ class EncoderDecoder(nn.Module):
             positions(d_model, n_heads, False),
             final_norm(),
         )
+        for stack in (self.encoder, self.decoder):
+            stack.positions.match_tokens(1.0 if scale_embeddings else d_model**-0.5)
         self.output = Linear(d_model, vocab_size, bias=output_bias)
         if tie_output:
             self.output.weight = self.target_embedding.tokens.weight
         else:
             nn.init.normal_(self.output.weight, std=d_model**-0.5)
 
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Return next-token logits (B, T, V) for source (B, S) and target (B, T) ids."""
-        return self.output(self.hidden(source, target))
+    def forward(self, source: Tensor, target: Tensor, *, padded: bool = True) -> Tensor:
+        """Return next-token logits (B, T, V) for source (B, S) and target (B, T) ids.
 
-    def hidden(self, source: Tensor, target: Tensor) -> Tensor:
-        """Return what the output projection is applied to, (B, T, D)."""
-        memory = self.encode(source)
+        Args:
+            source: Padded at the right.
+            target: Padded at the right.
+            padded: Whether the source may have padding. False leaves its mask out, which gives the
+                same result where it has none, and lets attention use its fastest kernel.
+        """
+        return self.output(self.hidden(source, target, padded=padded))
+
+    def hidden(self, source: Tensor, target: Tensor, *, padded: bool = True) -> Tensor:
+        """Return what the output projection is applied to, (B, T, D); arguments as `forward`."""
+        memory = self.encode(source, padded=padded)
         return self.decoder(self.target_embedding(target, self.decoder.positions), memory)
 
     @property
@@ -263,20 +271,20 @@ class EncoderDecoder(nn.Module):
             pad_with(table, pad_id)
         self.pad_id = pad_id
 
-    def encode(self, source: Tensor) -> Memory:
-        """Encode source ids (B, S), padded at the right."""
-        mask = padding_mask(source, self.pad_id)
+    def encode(self, source: Tensor, *, padded: bool = True) -> Memory:
+        """Encode source ids (B, S), padded at the right; `padded` as in `forward`."""
+        mask = padding_mask(source, self.pad_id) if padded else None
         x = self.source_embedding(source, self.encoder.positions)
         return Memory(self.encoder(x, mask), mask)
 
-    def start(self, source: Tensor) -> DecoderState:
-        """Encode source ids (B, S) and prepare one row per sentence.
+    def start(self, source: Tensor, *, padded: bool = True) -> DecoderState:
+        """Encode source ids (B, S) and prepare one row per sentence; `padded` as in `forward`.
 
         Raises:
             ValueError: There is no decoder layer, so there is nothing to remember.
         """
         check_size("n_decoder_layers", len(self.decoder.layers))
-        memory = self.encode(source)
+        memory = self.encode(source, padded=padded)
         return DecoderState(
             caches=[KeyValueCache() for _ in self.decoder.layers],
             memories=[

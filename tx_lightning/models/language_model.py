@@ -15,9 +15,9 @@ from tx_lightning.models.embeddings import Embedding, positions_for, token_table
 from tx_lightning.nn.cache import KeyValueCache
 from tx_lightning.nn.checks import MOST_LAYERS, check_range, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
-from tx_lightning.nn.layers import EncoderLayer, NormFactory
+from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
 from tx_lightning.nn.linear import Linear
-from tx_lightning.nn.masks import additive_mask, causal_mask
+from tx_lightning.nn.masks import causal_mask, combine
 from tx_lightning.nn.positions import PositionsFactory
 
 
@@ -49,7 +49,7 @@ class LanguageModelState:
         self.ids = self.ids.index_select(0, rows)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(LayeredNetwork):
     """A causal Transformer language model; its defaults are the 124 million parameters of GPT-2.
 
     Initialized as GPT-2 (Radford et al. 2019, section 2.3): matrices and embeddings normal with
@@ -114,6 +114,7 @@ class LanguageModel(nn.Module):
             length=context_length,
             name="context_length",
         )
+        self.positions.match_tokens(init_std)
 
         def layer() -> EncoderLayer:
             return EncoderLayer(
@@ -241,12 +242,20 @@ class LanguageModel(nn.Module):
         length = ids.shape[1]
         x = self.embedding(ids, self.positions, start)
         bias = self.positions.bias(length, start + length)
-        causal = bias is None and start == 0  # the kernels' own, and fastest
-        mask = None
+        causal = bias is None and start == 0  # the kernels' own mask, and the fastest
+        future = None
         if not causal and length > 1:  # one query sees every key
-            mask = causal_mask(length, start + length, x.device)
-        if bias is not None:
-            mask = additive_mask(mask, bias.to(x.dtype))
+            future = causal_mask(length, start + length, x.device)
+        mask, score_bias = combine(future, bias, x)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, mask=mask, causal=causal, positions=self.positions, cache=cache)
+            if cache is not None:
+                layer.self_attention.reserve(x, cache)
+            x = layer(
+                x,
+                mask=mask,
+                score_bias=score_bias,
+                causal=causal,
+                positions=self.positions,
+                cache=cache,
+            )
         return self.final_norm(x)

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from tx_lightning.models.classifier import EncoderFactory
 from tx_lightning.models.text_encoder import TextEncoder, initialize
-from tx_lightning.nn.layers import NormFactory
+from tx_lightning.nn.layers import LayeredNetwork, NormFactory
 from tx_lightning.nn.linear import Linear
 
 
-class MaskedLanguageModel(nn.Module):
+class MaskedLanguageModel(LayeredNetwork):
     """Logits of the token at each place: norm(GELU(W h + b)) times the embedding table, plus bias.
 
     Args:
@@ -37,13 +37,18 @@ class MaskedLanguageModel(nn.Module):
         self.output.weight = self.encoder.embedding.tokens.weight
         initialize(self.transform, self.encoder.init_std)
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Return the logits (B, T, V) of what stands at each place of ids (B, T)."""
-        return self.output(self.hidden(ids, segments))
+    def forward(
+        self, ids: Tensor, segments: Tensor | None = None, *, padded: bool = True
+    ) -> Tensor:
+        """Return the logits (B, T, V) of the token at each place of ids (B, T).
 
-    def hidden(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Return what the output projection is applied to, (B, T, D)."""
-        x = self.encoder(ids, segments)
+        `padded` is that of `TextEncoder`.
+        """
+        return self.output(self.hidden(ids, segments, padded=padded))
+
+    def hidden(self, ids: Tensor, segments: Tensor | None = None, *, padded: bool = True) -> Tensor:
+        """Return what the output projection is applied to, (B, T, D); arguments as `forward`."""
+        x = self.encoder(ids, segments, padded=padded)
         return self.norm(self.activation(self.transform(x)))
 
     @property

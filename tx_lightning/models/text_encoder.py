@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tx_lightning.models.embeddings import Embedding, pad_with, positions_for, token_table
 from tx_lightning.nn.checks import MOST_LAYERS, check_range, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
-from tx_lightning.nn.layers import EncoderLayer, NormFactory
-from tx_lightning.nn.masks import additive_mask, padding_mask
+from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
+from tx_lightning.nn.masks import combine, padding_mask
 from tx_lightning.nn.positions import PositionsFactory
 
 
@@ -31,7 +31,7 @@ def initialize(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(child.weight[child.padding_idx])
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(LayeredNetwork):
     """A Transformer encoder whose tokens see each other; its defaults are BERT base.
 
     The weights are drawn as BERT's, see `initialize`.
@@ -101,6 +101,7 @@ class TextEncoder(nn.Module):
         self.positions = positions_for(
             positions, d_model, n_heads, bidirectional=True, length=max_length, name="max_length"
         )
+        self.positions.match_tokens(init_std)
 
         def layer() -> EncoderLayer:
             return EncoderLayer(
@@ -118,12 +119,16 @@ class TextEncoder(nn.Module):
         self.final_norm = norm(d_model) if pre_norm else nn.Identity()
         initialize(self, init_std)
 
-    def forward(self, ids: Tensor, segments: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, segments: Tensor | None = None, *, padded: bool = True
+    ) -> Tensor:
         """Encode ids (B, T), padded at the right, -> (B, T, D).
 
         Args:
             ids: Tokens.
             segments: The segment of each token, (B, T); all 0 where None.
+            padded: Whether ids may have padding. False leaves the mask out, which gives the same
+                result where they have none, and lets attention use its fastest kernel.
 
         Raises:
             ValueError: The sequence is longer than max_length, or has segments and the network
@@ -136,12 +141,10 @@ class TextEncoder(nn.Module):
                 "raise it or cut the text"
             )
         x = self.embedding(ids, self.positions, segments=segments)
-        mask = padding_mask(ids, self.pad_id)
-        bias = self.positions.bias(length, length)
-        if bias is not None:
-            mask = additive_mask(mask, bias.to(x.dtype))
+        mask = padding_mask(ids, self.pad_id) if padded else None
+        mask, score_bias = combine(mask, self.positions.bias(length, length), x)
         for layer in self.layers:
-            x = layer(x, mask=mask, positions=self.positions)
+            x = layer(x, mask=mask, score_bias=score_bias, positions=self.positions)
         return self.final_norm(x)
 
     def use_pad_id(self, pad_id: int) -> None:

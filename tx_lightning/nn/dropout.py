@@ -48,7 +48,8 @@ class _CPUDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         dropped = min(round(p * _LEVELS), _LEVELS - 1)  # of the 2^16 values of 16 random bits
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        size = (x.numel() + 3) // 4
+        bits = torch.empty(size, dtype=torch.int64, device=x.device).random_(-(2**63), None)
         levels = bits.view(torch.int16)[: x.numel()].view(x.shape)
         scale = torch.empty_like(x, memory_format=torch.contiguous_format)
         torch.ge(levels, dropped - _LEVELS // 2, out=scale).mul_(_LEVELS / (_LEVELS - dropped))

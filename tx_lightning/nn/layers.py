@@ -4,7 +4,11 @@ Shapes: B batch, T target or own length, S source length, D d_model.
 """
 
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tx_lightning.nn.attention import MultiHeadAttention
@@ -12,9 +16,34 @@ from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.checks import check_share, check_size
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.feed_forward import FeedForwardFactory
+from tx_lightning.nn.masks import check_mask
 from tx_lightning.nn.positions import Positions
 
 NormFactory = Callable[[int], nn.Module]
+
+# Training, validation and the steps of decoding, with masks and without, batches of one sentence
+# and of several: torch would give up at 8 and go on uncompiled.
+_COMPILED_VARIANTS = 64
+
+
+class LayeredNetwork(nn.Module):
+    """A network of `EncoderLayer`s and `DecoderLayer`s; the base class of all networks."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each layer with `torch.compile`, to which all arguments are passed.
+
+        Layers of a kind share the compiled code (regional compilation), and training, evaluation
+        and decoding use it. Weights keep their names.
+        """
+        if "recompile_limit" in signature(torch.compile).parameters:  # not in older versions
+            kwargs.setdefault("recompile_limit", _COMPILED_VARIANTS)
+        self.compile_layers(partial(torch.compile, *args, **kwargs))
+
+    def compile_layers(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Compile each layer with a function that compiles a function."""
+        for module in self.modules():
+            if isinstance(module, EncoderLayer | DecoderLayer):
+                module._compiled_call_impl = compiler(module._call_impl)
 
 
 class Residual(nn.Module):
@@ -87,15 +116,33 @@ class EncoderLayer(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
+        score_bias: Tensor | None = None,
         causal: bool = False,
         positions: Positions | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Transform x (B, T, D) -> (B, T, D)."""
+        """Transform x (B, T, D) -> (B, T, D).
+
+        Args:
+            x: The residual stream.
+            mask: Boolean, True = may attend; broadcasts to (B, H, T, T).
+            score_bias: Added to the attention scores; see `masks.combine`.
+            causal: Whether no query sees its future.
+            positions: The scheme that rotates queries and keys.
+            cache: Earlier keys and values.
+
+        Raises:
+            ValueError: The mask is not boolean.
+        """
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attention(
-                x, mask=mask, causal=causal, positions=positions, cache=cache
+                x,
+                mask=mask,
+                score_bias=score_bias,
+                causal=causal,
+                positions=positions,
+                cache=cache,
             )
 
         x = self.attention_residual(x, attend)
@@ -143,16 +190,37 @@ class DecoderLayer(nn.Module):
         memory: Tensor | KeyValues,
         *,
         mask: Tensor | None = None,
+        score_bias: Tensor | None = None,
         causal: bool = False,
         memory_mask: Tensor | None = None,
         positions: Positions | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Transform x (B, T, D) over a memory (B, S, D) -> (B, T, D)."""
+        """Transform x (B, T, D) over a memory (B, S, D) -> (B, T, D).
+
+        Args:
+            x: The residual stream.
+            memory: What cross-attention attends to.
+            mask: Boolean, True = may attend; broadcasts to (B, H, T, T).
+            score_bias: Added to the scores of self-attention; see `masks.combine`.
+            causal: Whether no query of self-attention sees its future.
+            memory_mask: Boolean, True = may attend; broadcasts to (B, H, T, S).
+            positions: The scheme that rotates queries and keys of self-attention.
+            cache: Earlier keys and values of self-attention.
+
+        Raises:
+            ValueError: A mask is not boolean.
+        """
+        check_mask(memory_mask, "memory_mask")
 
         def attend(x: Tensor) -> Tensor:
             return self.self_attention(
-                x, mask=mask, causal=causal, positions=positions, cache=cache
+                x,
+                mask=mask,
+                score_bias=score_bias,
+                causal=causal,
+                positions=positions,
+                cache=cache,
             )
 
         def attend_memory(x: Tensor) -> Tensor:

@@ -72,11 +72,18 @@ def set_matmul_precision(precision: MatmulPrecision, device: str) -> None:
         torch.set_float32_matmul_precision(precision)
 
 
+def _takes_over(x: Tensor) -> bool:
+    """Whether products of x are ours to choose: float32 on CPU, and not compiled."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
 def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b^T for matrices a (M, K) and b (N, K), float32 on CPU, by the fastest kernel.
+    """Return a b^T for matrices a (M, K) and b (N, K) by the fastest kernel there is.
 
     M may differ from call to call, the others should not.
     """
+    if not _takes_over(a):
+        return a @ b.t()
     if _rounded:
         return (_rounded_rows(a) @ b.bfloat16().t())[: len(a)].float()
     if _ONEDNN and len(a) % ROWS == 0 < len(a):
@@ -87,6 +94,8 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     """Return a^T b for matrices a (M, N) and b (M, K), as `matmul_transposed`."""
+    if not _takes_over(a):
+        return a.t() @ b
     if _rounded:
         return (_rounded_rows(a).t() @ _rounded_rows(b)).float()
     if _ONEDNN and len(a) % ROWS == 0 < len(a):
@@ -116,12 +125,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b: (..., I) -> (..., O), weight (O, I), bias (O,)."""
     if (
         not (_ONEDNN or _rounded)
-        or x.device.type != "cpu"
-        or x.dtype != torch.float32
+        or not _takes_over(x)
         or weight.dtype != torch.float32
         or x.numel() == 0
         or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
     ):
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
@@ -130,6 +137,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     function = _RoundedLinear if _rounded else _OneDNNLinear
     y: Tensor = function.apply(flat, weight, bias)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that matrix products of x are computed in: autocast's where it is enabled."""
+    device = x.device.type
+    if (
+        x.dtype != torch.float64  # which autocast leaves alone
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -40,6 +40,16 @@ class Positions(nn.Module):
         self.n_heads = n_heads
         self.bidirectional = bidirectional
 
+    def match_tokens(self, rms: float) -> None:
+        """Start at the size of the token embeddings; a network calls this once it knows theirs.
+
+        A scheme that adds something to embeddings overrides it, as positions much larger than the
+        tokens drown them, and much smaller ones are not seen.
+
+        Args:
+            rms: Root mean square of what `embed` is called with, in a new network.
+        """
+
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
         """Add positions to scaled embeddings: (B, T, D) -> (B, T, D)."""
         return x
@@ -92,6 +102,11 @@ class SinusoidalPositions(Positions):
         bidirectional: Whether queries also see later keys.
         layout: "interleaved" for sines in even and cosines in odd dimensions, as the paper writes
             it; "halves" for all sines, then all cosines, as Marian does.
+        scale: What the sines and cosines are multiplied by; null for the root mean square of the
+            token embeddings in a new network, which is 1 where these are scaled as in the paper.
+
+    Raises:
+        ValueError: Another layout, or a scale that is not a positive number.
     """
 
     def __init__(
@@ -100,18 +115,32 @@ class SinusoidalPositions(Positions):
         n_heads: int,
         bidirectional: bool,
         layout: SinusoidLayout = "interleaved",
+        scale: float | None = None,
     ) -> None:
         super().__init__(d_model, n_heads, bidirectional)
         if layout not in ("interleaved", "halves"):
             raise ValueError(f"layout must be interleaved or halves; it is {layout!r}")
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(
+                f"scale of SinusoidalPositions must be positive and finite; it is {scale}: leave "
+                "it out for that of the token embeddings"
+            )
         self.layout = layout
+        self.scale = scale
+        self.amplitude = 1.0 if scale is None else scale
         self._table = torch.empty(0, d_model)
+
+    def match_tokens(self, rms: float) -> None:
+        if self.scale is None:
+            self.amplitude = rms
+            self._table = self._table[:0]
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
         end = start + x.shape[1]
         if end > self._table.shape[0] or self._table.device != x.device:
             positions = torch.arange(max(end, 256, 2 * self._table.shape[0]), device=x.device)
-            self._table = sinusoids(positions.float(), self.d_model, self.layout)
+            table = sinusoids(positions.float(), self.d_model, self.layout)
+            self._table = self.amplitude * table
         return x + self._table[start:end].to(x.dtype)
 
 
@@ -132,7 +161,13 @@ class LearnedPositions(Positions):
         check_size("max_length", max_length)
         self.max_length: int = max_length
         self.table = nn.Parameter(torch.empty(max_length, d_model))
-        nn.init.normal_(self.table, std=0.02)
+        self._std = 0.02  # of GPT-2 and BERT
+        nn.init.normal_(self.table, std=self._std)
+
+    def match_tokens(self, rms: float) -> None:
+        with torch.no_grad():  # the draw stays that of the seed
+            self.table.mul_(rms / self._std)
+        self._std = rms
 
     def embed(self, x: Tensor, start: int = 0) -> Tensor:
         end = start + x.shape[1]
@@ -167,21 +202,35 @@ class RotaryPositions(Positions):
                 f"rotary positions need an even head width, but d_model={d_model} / "
                 f"n_heads={n_heads} is {width}: change one of them"
             )
-        self._rates = base ** -(torch.arange(0, width, 2) / width)
+        self.base = base
         self._cos = self._sin = torch.empty(0, width)
 
     def rotate(self, x: Tensor, start: int = 0) -> Tensor:
-        end = start + x.shape[2]
-        if end > self._cos.shape[0] or self._cos.device != x.device:
-            # Made in inference mode, the tables could not be used in training afterwards.
-            with torch.inference_mode(False):
-                positions = torch.arange(max(end, 256, 2 * self._cos.shape[0]), device=x.device)
-                angles = positions[:, None] * self._rates.to(x.device)  # (T, K / 2)
-                self._cos = angles.cos().repeat(1, 2)  # (T, K)
-                self._sin = angles.sin().repeat(1, 2)
+        cos, sin = self._turns(x, start, start + x.shape[2])
         left, right = x.chunk(2, dim=-1)
-        turned = torch.cat((-right, left), dim=-1)
-        return x * self._cos[start:end].to(x.dtype) + turned * self._sin[start:end].to(x.dtype)
+        return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+    def _turns(self, x: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the angles at positions from start to end, (T, K) in x's type.
+
+        Eager code keeps a table, so that no layer computes or casts them anew. Compiled code
+        computes them in the kernel that needs them: a table that grows would have it compiled anew.
+        """
+        if torch.compiler.is_compiling():
+            return self._compute(torch.arange(start, end, device=x.device), x)
+        table = self._cos
+        if end > table.shape[0] or table.device != x.device or table.dtype != x.dtype:
+            # Tables of inference mode could not be used in training afterwards.
+            with torch.inference_mode(False):
+                size = max(end, 256, 2 * table.shape[0] if end > table.shape[0] else 0)
+                self._cos, self._sin = self._compute(torch.arange(size, device=x.device), x)
+        return self._cos[start:end], self._sin[start:end]
+
+    def _compute(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        width = x.shape[-1]
+        rates = self.base ** -(torch.arange(0, width, 2, device=x.device) / width)
+        angles = (positions[:, None] * rates).repeat(1, 2)  # (T, K), float32
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def _relative_positions(query_length: int, key_length: int, device: torch.device) -> Tensor:

@@ -123,10 +123,13 @@ class Classification(LabelTask[ClassificationBatch]):
 
     def forward(self, batch: ClassificationBatch) -> TokenLoss:
         """Sum the loss over the labelled texts of a batch."""
-        return self._loss(self._logits(batch.ids, batch.segments), batch.labels)
+        return self._loss(
+            self._logits(batch.ids, batch.segments, padded=batch.padded), batch.labels
+        )
 
-    def _logits(self, ids: Tensor, segments: Tensor) -> Tensor:
-        logits: Tensor = self.network(*self.inputs(self.network.encoder, ids, segments))
+    def _logits(self, ids: Tensor, segments: Tensor, *, padded: bool) -> Tensor:
+        inputs = self.inputs(self.network.encoder, ids, segments)
+        logits: Tensor = self.network(*inputs, padded=padded)
         return logits
 
     def _loss(self, logits: Tensor, labels: Tensor) -> TokenLoss:
@@ -151,7 +154,7 @@ class Classification(LabelTask[ClassificationBatch]):
         self._evaluate(batch, self.test_scores)
 
     def _evaluate(self, batch: ClassificationBatch, scores: LabelScores) -> None:
-        logits = self._logits(batch.ids, batch.segments)
+        logits = self._logits(batch.ids, batch.segments, padded=batch.padded)
         scores.update(self._loss(logits, batch.labels), logits, batch.labels, batch.labelled)
         names = self.require_labels()
         found = logits.float().softmax(-1).max(-1)
@@ -184,7 +187,9 @@ class Classification(LabelTask[ClassificationBatch]):
     ) -> list[tuple[int, list[Answer]]]:
         """Return for each text its index and its most probable label."""
         names = self.require_labels()
-        found = self._logits(batch.ids, batch.segments).float().softmax(-1).max(-1)
+        found = (
+            self._logits(batch.ids, batch.segments, padded=batch.padded).float().softmax(-1).max(-1)
+        )
         answers = [
             [Answer(f"{names[label]}\t{probability:.4f}", probability)]
             for label, probability in zip(
@@ -241,7 +246,8 @@ class Classification(LabelTask[ClassificationBatch]):
             held = max(1, batch_tokens // joined_length(rows[order[0]]))
             chosen, order = order[:held], order[held:]
             ids, segments = joined([rows[i] for i in chosen], special)
-            logits = self._logits(ids.to(self.device), segments.to(self.device))
+            ragged = len({joined_length(rows[i]) for i in chosen}) > 1
+            logits = self._logits(ids.to(self.device), segments.to(self.device), padded=ragged)
             found = logits.float().softmax(-1).sort(descending=True, stable=True)
             for i, values, places in zip(
                 chosen, found.values.tolist(), found.indices.tolist(), strict=True

@@ -77,7 +77,9 @@ class Denoising(Reconstruction[TranslationBatch]):
 
     def predicted(self, batch: TranslationBatch) -> tuple[Tensor, Tensor]:
         """Return the vectors that target tokens are read off, (N, D), and those tokens, (N,)."""
-        hidden = self.network.hidden(batch.source, batch.target[:, :-1])  # (B, T, D)
+        hidden = self.network.hidden(  # (B, T, D)
+            batch.source, batch.target[:, :-1], padded=batch.padded
+        )
         hidden, labels = selected(batch.places, hidden, batch.target[:, 1:])
         return hidden, labels
 
@@ -97,7 +99,7 @@ class Denoising(Reconstruction[TranslationBatch]):
         rows: list[Row] = []
         for index in range(min(n, len(segments))):
             batch = segments.__getitems__(data.example_share(index)).to(self.device)
-            [[best]] = search(self.network, Greedy(), batch.source, tokenizer)
+            [[best]] = search(self.network, Greedy(), batch.source, tokenizer, padded=batch.padded)
             rows.append(
                 {
                     "corrupted": self._text(batch.source[0, :-1].tolist()),

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tx_lightning.data.tokenizers import Tokenizer
+from tx_lightning.tasks.task import without_padding
 
 _LOGITS = 1 << 24  # held at once
 
@@ -36,9 +37,8 @@ def gap_names(tokenizer: Tokenizer, vocab_size: int) -> dict[int, str]:
 
 def shown_tokens(tokenizer: Tokenizer, ids: Sequence[int], names: Mapping[int, str]) -> list[str]:
     """Each token as a reader would write it, without padding; some ids have names of their own."""
-    return [
-        names[i] if i in names else tokenizer.tokens([i])[0] for i in ids if i != tokenizer.pad_id
-    ]
+    real = without_padding(ids, tokenizer.pad_id)
+    return [names[i] if i in names else tokenizer.tokens([i])[0] for i in real]
 
 
 def marked_text(tokenizer: Tokenizer, ids: Sequence[int], marks: Mapping[int, str]) -> str:

@@ -18,7 +18,7 @@ from tx_lightning.data.errors import listed
 from tx_lightning.losses import TokenLoss
 from tx_lightning.metrics import Confusion, ConfusionCounts, TokenMean
 from tx_lightning.models import TextEncoder
-from tx_lightning.tasks.task import Labels, Task, check_label_smoothing
+from tx_lightning.tasks.task import Labels, Task, check_label_smoothing, without_padding
 
 B = TypeVar("B", bound=Batch)
 
@@ -189,7 +189,7 @@ class LabelTask(Task[B]):
         """The labels of the attention maps of each row of ids (B, T): its tokens, no padding."""
         tokenizer, labels = self.tokenizer, []
         for row in ids.tolist():
-            tokens = tokenizer.tokens([i for i in row if i != tokenizer.pad_id])
+            tokens = tokenizer.tokens(without_padding(row, tokenizer.pad_id))
             labels.append({"encoder.self": (tokens, tokens)})
         return labels
 

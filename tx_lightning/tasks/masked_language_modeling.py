@@ -83,7 +83,8 @@ class MaskedLanguageModeling(Reconstruction[MaskedBatch]):
 
     def predicted(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """Return the vectors at the places of hidden tokens, (K, D), and those tokens, (K,)."""
-        hidden, targets = selected(batch.places, self.network.hidden(batch.ids), batch.targets)
+        hidden = self.network.hidden(batch.ids, padded=batch.padded)  # (B, T, D)
+        hidden, targets = selected(batch.places, hidden, batch.targets)
         return hidden, targets
 
     def output(self) -> tuple[Tensor, Tensor]:

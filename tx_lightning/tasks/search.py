@@ -19,6 +19,8 @@ def search(
     source: Tensor,
     tokenizer: Tokenizer,
     indices: Sequence[int] | None = None,
+    *,
+    padded: bool = True,
 ) -> list[list[Hypothesis]]:
     """Decode sources: for each its hypotheses, the best first.
 
@@ -28,9 +30,10 @@ def search(
         source: (B, S) ids with EOS, padded at the right; B > 0.
         tokenizer: Of the target side.
         indices: Names of the sources, so that what is sampled for one does not depend on the batch.
+        padded: Whether there may be padding.
     """
     lengths = (source != network.pad_id).sum(1)
-    state = network.start(source)
+    state = network.start(source, padded=padded)
     most = network.decoder.positions.max_length
     return decoding(
         network.step,

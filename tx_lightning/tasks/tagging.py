@@ -103,7 +103,11 @@ class Tagging(LabelTask[TaggingBatch]):
 
     def forward(self, batch: TaggingBatch) -> TokenLoss:
         """Sum the loss over the tagged words of a batch."""
-        return self._loss(self.network(batch.ids).flatten(0, 1), batch.labels.flatten())
+        return self._loss(self._logits(batch).flatten(0, 1), batch.labels.flatten())
+
+    def _logits(self, batch: TaggingBatch) -> Tensor:
+        logits: Tensor = self.network(batch.ids, padded=batch.padded)
+        return logits
 
     def _loss(self, logits: Tensor, labels: Tensor) -> TokenLoss:
         return label_loss(logits, labels, self.label_smoothing)
@@ -127,7 +131,7 @@ class Tagging(LabelTask[TaggingBatch]):
         self._evaluate(batch, self.test_scores)
 
     def _evaluate(self, batch: TaggingBatch, scores: LabelScores) -> None:
-        logits, labels = selected(batch.places, self.network(batch.ids), batch.labels)
+        logits, labels = selected(batch.places, self._logits(batch), batch.labels)
         scores.update(self._loss(logits, labels), logits, labels, batch.labelled)
         names, sizes = self.require_labels(), (batch.labels != IGNORED).sum(1).tolist()
         tags, predicted = labels.split(sizes), logits.argmax(-1).split(sizes)
@@ -193,7 +197,8 @@ class Tagging(LabelTask[TaggingBatch]):
             held = max(1, batch_tokens // (len(rows[order[0]]) + 2))
             chosen, order = order[:held], order[held:]
             ids = padded([rows[p] for p in chosen], special, start=True).to(self.device)
-            best = self.network(ids).argmax(-1).tolist()
+            ragged = len({len(rows[p]) for p in chosen}) > 1
+            best = self.network(ids, padded=ragged).argmax(-1).tolist()
             for p, classes in zip(chosen, best, strict=True):
                 start = 1  # after BOS
                 for word in parts[p][1]:

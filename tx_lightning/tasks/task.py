@@ -14,7 +14,9 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
@@ -24,6 +26,7 @@ from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.losses import TokenLoss
+from tx_lightning.nn.layers import LayeredNetwork
 from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.companions import (
     PlateauSteps,
@@ -118,6 +121,14 @@ class Task(LightningModule, Generic[B]):
         self._monitored = False  # whether a callback needs the loss or norm of every step
         freeze_parameters(network, freeze)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "network" and isinstance(value, OptimizedModule):
+            raise ValueError(
+                "task.network = torch.compile(network) would compile nothing that a task calls and "
+                "rename all weights: call task.network.compile(), with the same arguments"
+            )
+        super().__setattr__(name, value)
+
     # What a task decides.
 
     @abstractmethod
@@ -167,8 +178,28 @@ class Task(LightningModule, Generic[B]):
 
     # Set-up and checkpoints.
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the layers of the network with `torch.compile`, to which all arguments go."""
+        self.network.compile(*args, **kwargs)
+
     def setup(self, stage: str) -> None:
-        """Take the tokenizers of the data that the trainer was given."""
+        """Take the tokenizers of the data that the trainer was given.
+
+        Raises:
+            ValueError: When they do not suit the network, or a part of it was wrapped by
+                `torch.compile`.
+        """
+        for name, module in self.network.named_modules():
+            if isinstance(module, OptimizedModule):
+                raise ValueError(
+                    f"network.{name} was replaced by torch.compile(...), which renames its weights "
+                    f"in checkpoints: call network.{name}.compile() instead"
+                )
+        if self._compiler_ctx is not None and isinstance(self.network, LayeredNetwork):
+            # The trainer was given torch.compile(task), and has all steps compiled, with whatever
+            # they do to texts and files. The layers are what gains from it.
+            self.network.compile_layers(self._compiler_ctx["dynamo_ctx"])
+            to_uncompiled(self)
         self.attach(self.trainer.datamodule.tokenizers)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
@@ -399,6 +430,18 @@ class Task(LightningModule, Generic[B]):
         # The metrics have added up all processes; the mean of equal numbers is that number.
         self.log_dict(named, prog_bar=split == "val", sync_dist=True)
         reset_metrics(scores)
+
+
+def without_padding(ids: Sequence[int], pad_id: int) -> Sequence[int]:
+    """Return the ids of a row up to its padding.
+
+    Only what is at the end is padding: some models use the same id as the start token, which is the
+    first of a row.
+    """
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad_id:
+        end -= 1
+    return ids[:end]
 
 
 def reset_metrics(scores: nn.Module) -> None:

@@ -22,7 +22,7 @@ from tx_lightning.metrics import CorpusBLEU, CorpusChrF, TokenMean
 from tx_lightning.models import EncoderDecoder
 from tx_lightning.tasks.search import search
 from tx_lightning.tasks.steps import selected
-from tx_lightning.tasks.task import Labels, Row, Task, check_label_smoothing
+from tx_lightning.tasks.task import Labels, Row, Task, check_label_smoothing, without_padding
 
 NetworkFactory = Callable[[int], EncoderDecoder]
 
@@ -164,7 +164,9 @@ class Translation(Task[TranslationBatch]):
 
     def forward(self, batch: TranslationBatch) -> TokenLoss:
         """Sum the loss over the real target tokens of a batch, by teacher forcing."""
-        hidden = self.network.hidden(batch.source, batch.target[:, :-1])  # (B, T, D)
+        hidden = self.network.hidden(  # (B, T, D)
+            batch.source, batch.target[:, :-1], padded=batch.padded
+        )
         hidden, labels = selected(batch.places, hidden, batch.target[:, 1:])
         return linear_cross_entropy(
             hidden,
@@ -204,7 +206,9 @@ class Translation(Task[TranslationBatch]):
         sums = self(batch)
         scores.loss.update(sums.loss, batch.target_tokens)
         scores.nll.update(sums.nll, batch.target_tokens)
-        found = self._decode(batch.source_text, batch.source, decoding, batch.indices)
+        found = self._decode(
+            batch.source_text, batch.source, decoding, batch.indices, padded=batch.padded
+        )
         hypotheses = [best.text for best, *_ in found]
         scores.bleu.update(hypotheses, batch.target_text)
         scores.chrf.update(hypotheses, batch.target_text)
@@ -240,7 +244,9 @@ class Translation(Task[TranslationBatch]):
         self, batch: TranslationBatch, batch_idx: int
     ) -> list[tuple[int, list[Translated]]]:
         """Return for each sentence its index and its hypotheses, the best first."""
-        found = self._decode(batch.source_text, batch.source, self.test_decoding, batch.indices)
+        found = self._decode(
+            batch.source_text, batch.source, self.test_decoding, batch.indices, padded=batch.padded
+        )
         return list(zip(batch.indices, found, strict=True))
 
     # Translation
@@ -284,14 +290,23 @@ class Translation(Task[TranslationBatch]):
             source = padded(rows_of_ids, row_ids(tokenizers.source)).to(self.device)
             places = [first_index + i for i in chosen]
             lines = [texts[i] for i in chosen]
-            found = self._decode(lines, source, decoding or self.test_decoding, places)
+            ragged = len(set(map(len, rows_of_ids))) > 1
+            found = self._decode(
+                lines, source, decoding or self.test_decoding, places, padded=ragged
+            )
             for i, hypotheses in zip(chosen, found, strict=True):
                 results[i] = hypotheses
         self.train(training)
         return results
 
     def _decode(
-        self, texts: Sequence[str], source: Tensor, decoding: Decoding, indices: Sequence[int]
+        self,
+        texts: Sequence[str],
+        source: Tensor,
+        decoding: Decoding,
+        indices: Sequence[int],
+        *,
+        padded: bool,
     ) -> list[list[Translated]]:
         """Decode sentences: for each its hypotheses, the best first; for a blank one a blank one.
 
@@ -302,6 +317,7 @@ class Translation(Task[TranslationBatch]):
             source: (B, S), their ids with EOS, padded.
             decoding: How to search.
             indices: Names of the sentences.
+            padded: Whether there may be padding.
         """
         tokenizer = self.require_tokenizers().target
         written = [i for i, text in enumerate(texts) if text.strip()]
@@ -312,7 +328,7 @@ class Translation(Task[TranslationBatch]):
             return results
         names = [indices[i] for i in written]
         try:
-            found = search(self.network, decoding, source, tokenizer, names)
+            found = search(self.network, decoding, source, tokenizer, names, padded=padded)
         except NotFinite:
             if self.stop_when_diverged:
                 raise
@@ -341,7 +357,7 @@ class Translation(Task[TranslationBatch]):
         for source, target in zip(
             batch.source.tolist(), batch.target[:, :-1].tolist(), strict=True
         ):
-            s = tokenizers.source.tokens([i for i in source if i != tokenizers.source.pad_id])
-            t = tokenizers.target.tokens([i for i in target if i != tokenizers.target.pad_id])
+            s = tokenizers.source.tokens(without_padding(source, tokenizers.source.pad_id))
+            t = tokenizers.target.tokens(without_padding(target, tokenizers.target.pad_id))
             labels.append({"encoder.self": (s, s), "decoder.self": (t, t), "cross": (t, s)})
         return inputs, labels

@@ -79,7 +79,7 @@ def plan_marian(config: Configuration, architecture: str, task: str | None) -> I
     config.only("decoder_vocab_size", config["vocab_size"], None)
     positions = {
         "class_path": "tx_lightning.nn.SinusoidalPositions",
-        "init_args": {"layout": "halves"},
+        "init_args": {"layout": "halves", "scale": 1.0},
     }
     shared = config.flag("share_encoder_decoder_embeddings")
     changes = {"positions": positions, "share_embeddings": shared}
