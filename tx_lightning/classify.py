@@ -12,6 +12,7 @@ from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks.classification import Classification
 from tx_lightning.tasks.tagging import Tagging
 from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
+from tx_lightning.trust import HELP, take_trust
 
 DESCRIPTION = """\
 Label lines from standard input with the checkpoint of a classifier alone: label and probability,
@@ -30,10 +31,11 @@ def main(words: Sequence[str]) -> int:
         words: What follows `classify`.
     """
     parser = _parser()
+    trust, words = take_trust(words)
     if not words or words[0].startswith("-"):
         parser.print_help()
         return 0 if {"-h", "--help"} & set(words) else 2
-    task = load_task(words[0])
+    task = load_task(words[0], trust=trust.packages)
     if not isinstance(task, Classification | Tagging):
         raise ConfigurationError(
             f"{words[0]} holds a {type(task).__name__}, not a Classification or a Tagging"
@@ -144,6 +146,7 @@ def _parser() -> ArgumentParser:
         prog="tx-lightning classify", description=DESCRIPTION, exit_on_error=False
     )
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
     parser.add_argument(
         "--all",
         type=bool,

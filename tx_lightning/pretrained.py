@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tx_lightning.checkpoints import RECORD, CheckpointError, read_checkpoint
+from tx_lightning.checkpoints import RECORD, CheckpointError, read_checkpoint, settings_of
 from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.tasks.steps import parameter_depths
 from tx_lightning.tasks.task import Task
+from tx_lightning.trust import NO_TRUST, Trust
 
 NETWORK = "network."
 _SHOWN = 6  # names in a line
@@ -32,13 +33,20 @@ class Pretrained:
     tokenizers: Tokenizers
 
     @classmethod
-    def read(cls, path: str | Path) -> "Pretrained":
+    def read(cls, path: str | Path, *, trust: Trust = NO_TRUST) -> "Pretrained":
         """Read a checkpoint of `fit`, `average` or `import`.
 
+        Args:
+            path: The file.
+            trust: The user's consent to the classes that it names, although none is built here.
+
         Raises:
-            CheckpointError: When it cannot be read, or has no network or no tokenizers.
+            CheckpointError: When it cannot be read, has no network or no tokenizers, or names what
+                is not trusted.
         """
         checkpoint = read_checkpoint(path, lazily=True)
+        if checkpoint[RECORD]["task"] is not None:
+            settings_of(checkpoint, path, trust)
         weights = {
             name.removeprefix(NETWORK): value
             for name, value in checkpoint["state_dict"].items()
@@ -87,7 +95,11 @@ def tokenizers_of(path: str | Path, checkpoint: dict[str, Any]) -> Tokenizers:
     texts = checkpoint[RECORD]["tokenizers"]
     if not texts:
         raise CheckpointError(f"checkpoint {path} has no tokenizers: it cannot read or write text")
-    return Tokenizers.from_dict(texts)
+    try:
+        return Tokenizers.from_dict(texts)
+    except (KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {path}: its tokenizers are damaged: {reason}") from error
 
 
 def initialize(task: Task[Any], pretrained: Pretrained) -> Loaded:

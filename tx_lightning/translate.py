@@ -12,6 +12,7 @@ from tx_lightning.errors import ConfigurationError
 from tx_lightning.tasks import Translation
 from tx_lightning.tasks.translation import TextTooLong
 from tx_lightning.text_verbs import device_named, parse_words, quiet_when_closed, read_lines
+from tx_lightning.trust import HELP, take_trust
 
 DESCRIPTION = """\
 Translate lines from standard input with a checkpoint alone. Line i of the output belongs to line i
@@ -30,10 +31,11 @@ def main(words: Sequence[str]) -> int:
         words: What follows `translate`.
     """
     parser = _parser()
+    trust, words = take_trust(words)
     if not words or words[0].startswith("-"):
         parser.print_help()
         return 0 if {"-h", "--help"} & set(words) else 2
-    task = load_task(words[0])
+    task = load_task(words[0], trust=trust.packages)
     if not isinstance(task, Translation):
         raise ConfigurationError(f"{words[0]} holds a {type(task).__name__}, not a Translation")
     arguments = task.settings["init_args"] if task.settings else {}
@@ -68,6 +70,7 @@ def _parser() -> ArgumentParser:
         prog="tx-lightning translate", description=DESCRIPTION, exit_on_error=False
     )
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
     parser.add_argument(
         "--decoding",
         type=Decoding,

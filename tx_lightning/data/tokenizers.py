@@ -296,6 +296,20 @@ def check_capacity(tokenizer: Tokenizer, vocab_size: int, reserved: int = 0) -> 
         )
 
 
+def check_rows(tokenizer: Tokenizer, n_rows: int) -> None:
+    """Refuse a tokenizer that has ids beyond the rows of the embedding table.
+
+    Raises:
+        DataError: It has some.
+    """
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_ids}
+    most = max(tokenizer.vocab_size - 1, *special)
+    if min(special) < 0 or most >= n_rows:
+        raise DataError(
+            f"the tokenizer has ids up to {most}, but the network's vocab_size is {n_rows}"
+        )
+
+
 class ByteLevelBPE(TokenizerTrainer):
     """Byte-pair encoding over UTF-8 bytes: no text is unknown, and every text comes back exactly.
 

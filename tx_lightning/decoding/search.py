@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tx_lightning.decoding.filters import Filter, ban, force
+from tx_lightning.described import Described
 
 
 class DecodingState(Protocol):
@@ -141,7 +142,7 @@ class Problem:
         return log_probs
 
 
-class Decoding(ABC):
+class Decoding(Described, ABC):
     """A way of searching for outputs over a step function; calling it decodes a batch."""
 
     def __init__(

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.models.text_encoder import TextEncoder, initialize
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.linear import Linear
@@ -34,7 +35,7 @@ def pool(x: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
     return x.masked_fill(~keep, -math.inf).amax(1).masked_fill(~keep.any(1), 0)
 
 
-class Classifier(nn.Module):
+class Classifier(Described, nn.Module):
     """One class per text: tanh(W h + b) of the pooled text, dropout, a linear head.
 
     Devlin et al. 2019, section 3 and figure 4; the tanh layer is BERT's pooler.
@@ -79,7 +80,7 @@ class Classifier(nn.Module):
         return self.head(self.dropout(torch.tanh(self.pooler(pooled))))
 
 
-class Tagger(nn.Module):
+class Tagger(Described, nn.Module):
     """One class per token: dropout and a linear head (Devlin et al. 2019, section 5.3).
 
     Args:

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.models.embeddings import Embedding, token_table
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Described, nn.Module):
     """The Transformer of "Attention is all you need"; its defaults are the paper's base model.
 
     Matrices are Xavier uniform, embeddings normal with variance 1 / d_model (section 3.4 multiplies

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.models.embeddings import Embedding, positions_for, token_table
 from tx_lightning.nn.cache import KeyValueCache
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
@@ -48,7 +49,7 @@ class LanguageModelState:
         self.ids = self.ids.index_select(0, rows)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Described, nn.Module):
     """A causal Transformer language model; its defaults are the 124 million parameters of GPT-2.
 
     Initialized as GPT-2 (Radford et al. 2019, section 2.3): matrices and embeddings normal with

@@ -5,13 +5,14 @@ Shapes: B batch, T length, D d_model, V vocabulary.
 
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.models.classifier import EncoderFactory
 from tx_lightning.models.text_encoder import TextEncoder, initialize
 from tx_lightning.nn.layers import NormFactory
 from tx_lightning.nn.linear import Linear
 
 
-class MaskedLanguageModel(nn.Module):
+class MaskedLanguageModel(Described, nn.Module):
     """Logits of the token at each place: norm(GELU(W h + b)) times the embedding table, plus bias.
 
     Args:

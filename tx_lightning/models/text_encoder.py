@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.models.embeddings import Embedding, positions_for, token_table
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
 from tx_lightning.nn.layers import EncoderLayer, NormFactory
@@ -30,7 +31,7 @@ def initialize(module: nn.Module, std: float) -> None:
                 nn.init.zeros_(child.weight[child.padding_idx])
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Described, nn.Module):
     """A Transformer encoder whose tokens see each other; its defaults are BERT base.
 
     The weights are drawn as BERT's, see `initialize`.

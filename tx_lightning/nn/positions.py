@@ -15,8 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 
-class Positions(nn.Module):
+
+class Positions(Described, nn.Module):
     """No positions at all, and the interface of every scheme.
 
     Args:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from tx_lightning.checkpoints import checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.blocks import IGNORED
 from tx_lightning.data.errors import listed
@@ -144,10 +143,8 @@ class LabelTask(Task[B]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that using the weights needs: settings, tokenizers and labels."""
-        tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
-        checkpoint["tx_lightning"] = checkpoint_record(
-            self.settings, tokenizers, labels=self.labels, n_texts=self.n_texts
-        )
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["tx_lightning"] |= {"labels": self.labels, "n_texts": self.n_texts}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's tokenizers and labels, or refuse if the data's differ."""

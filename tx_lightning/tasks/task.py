@@ -5,8 +5,9 @@ A task is a `Task` with a `forward` that sums the loss of a batch, the steps of 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,14 +19,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
 
-from tx_lightning.checkpoints import checkpoint_record
+from tx_lightning.checkpoints import (
+    NOTHING,
+    checkpoint_record,
+    described_settings,
+    rebuild,
+    saved_location,
+)
 from tx_lightning.data.batches import Batch
-from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
+from tx_lightning.data.tokenizers import Tokenizer, Tokenizers, check_rows
+from tx_lightning.described import Described
 from tx_lightning.losses import TokenLoss
 from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
+from tx_lightning.trust import Trust
 
 B = TypeVar("B", bound=Batch)
+T = TypeVar("T", bound="Task[Any]")
 Row = dict[str, str | float]  # of a table of samples: what stands in each column
 Labels = tuple[list[str], list[str]]  # of an attention map: the tokens of its rows and columns
 
@@ -35,7 +45,7 @@ def fused_adamw(parameters: Any) -> AdamW:
     return AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
 
 
-class Task(LightningModule, Generic[B]):
+class Task(Described, LightningModule, Generic[B]):
     """A network with an optimizer, trained on batches of one kind.
 
     Args:
@@ -50,7 +60,8 @@ class Task(LightningModule, Generic[B]):
 
     Attributes:
         tokenizers: Those of the data or of the checkpoint; None before either is there.
-        settings: The task as a class path with arguments, which the command line sets.
+        settings: The task as a class path with arguments, which the command line sets; None where
+            it was built in Python, and its checkpoints describe what it was built with.
     """
 
     network: nn.Module
@@ -73,6 +84,7 @@ class Task(LightningModule, Generic[B]):
         self.layer_decay = layer_decay
         self.tokenizers: Tokenizers | None = None
         self.settings: dict[str, Any] | None = None
+        self._loaded_alone = False  # and in evaluation mode since
         self._train_sums: Tensor | None = None  # of whole steps since the last row of the log
         self._step_sums: Tensor | None = None  # of this one
         self._grad_norm: Tensor | None = None
@@ -144,7 +156,12 @@ class Task(LightningModule, Generic[B]):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in all that using the weights needs: settings and tokenizers."""
         tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
-        checkpoint["tx_lightning"] = checkpoint_record(self.settings, tokenizers)
+        settings, undescribed = self.settings, NOTHING
+        if settings is None:
+            settings, undescribed = described_settings(self, without=("optimizer", "scheduler"))
+        checkpoint["tx_lightning"] = checkpoint_record(
+            settings, tokenizers, undescribed=undescribed
+        )
         if self._train_sums is not None:
             # Added up now, whether or not the run is resumed from here: so it ends the same.
             sums = self.trainer.strategy.reduce(self._train_sums, reduce_op="sum")
@@ -153,7 +170,11 @@ class Task(LightningModule, Generic[B]):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's tokenizers, or refuse if the data's differ."""
-        self.attach(Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"]))
+        tokenizers = Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"])
+        for tokenizer in (tokenizers.source, tokenizers.target):
+            check_rows(tokenizer, self.vocab_size)
+        self.attach(tokenizers)
+        self._loaded_alone = self._trainer is None
         if self._trainer is not None and "train_sums" in checkpoint:
             self._take_train_sums(checkpoint["train_sums"])
 
@@ -168,7 +189,58 @@ class Task(LightningModule, Generic[B]):
             self.network, self.optimizer, self.scheduler, layer_decay=self.layer_decay
         )
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls: type[T],
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        trust: str | Iterable[str] = (),
+        **changed: Any,
+    ) -> T:
+        """Rebuild the task of a checkpoint, in evaluation mode.
+
+        Args:
+            checkpoint_path: The file; its task must be of this class.
+            map_location: Where the tensors go, as in `torch.load`; None: where they were, if there
+                is such a device.
+            hparams_file: Not supported: a checkpoint has all settings.
+            strict: Whether all weights of task and file must have a partner.
+            weights_only: True: checkpoints are never read in another way.
+            trust: Packages whose classes the file may name, besides this class.
+            **changed: Arguments of the task that replace those in the file.
+
+        Raises:
+            ValueError: When the file is refused, or an argument.
+        """
+        if hparams_file is not None:
+            raise ValueError("hparams_file: a checkpoint has all settings; give what is to change")
+        if weights_only is False:
+            raise ValueError("weights_only=False: checkpoints hold nothing that would need it")
+        return rebuild(
+            checkpoint_path,
+            cls,
+            Trust.of(trust),
+            map_location=saved_location if map_location is None else map_location,
+            strict=strict,
+            changed=changed,
+        )
+
+    def train(self: T, mode: bool = True) -> T:
+        """Set the mode of all modules."""
+        if mode:
+            self._loaded_alone = False
+        return super().train(mode)
+
     # Training.
+
+    def on_fit_start(self) -> None:
+        """Train a task from `load_task` with dropout, unless parts of it were set to a mode."""
+        if self._loaded_alone and not any(module.training for module in self.modules()):
+            self.train()
 
     def on_train_start(self) -> None:
         """Spare several processes an exchange before each step: no buffer changes in training."""

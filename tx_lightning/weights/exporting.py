@@ -1,5 +1,6 @@
 """`export_weights`: a checkpoint becomes a folder that transformers loads."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from tx_lightning.weights.plans import ExportPlan
 from tx_lightning.weights.tokenizer_files import special_ids_of, tokenizer_documents
 
 
-def export_weights(checkpoint: str | Path, folder: str | Path) -> str:
+def export_weights(
+    checkpoint: str | Path, folder: str | Path, *, trust: str | Iterable[str] = ()
+) -> str:
     """Write a checkpoint as a folder of Hugging Face; return the architecture it became.
 
     Args:
         checkpoint: Of `fit`, `average` or `import`.
         folder: It must not exist, or be empty.
+        trust: Packages whose classes the checkpoint may name, as in `load_task`.
 
     Raises:
         CheckpointError: The checkpoint cannot be read.
@@ -36,7 +40,7 @@ def export_weights(checkpoint: str | Path, folder: str | Path) -> str:
     """
     folder = Path(folder)
     check_free(folder)
-    task = load_task(checkpoint)
+    task = load_task(checkpoint, trust=trust)
     saved = read_checkpoint(checkpoint, lazily=True)
     record, imported = saved[RECORD], saved.get(IMPORTED, {})
     network = task.get_submodule("network")
