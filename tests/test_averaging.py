@@ -14,7 +14,7 @@ from tx_lightning.averaging import (
 from tx_lightning.checkpoints import CheckpointError, checkpoint_record
 from tx_lightning.errors import ConfigurationError
 
-SETTINGS = {"class_path": "a.Task", "init_args": {"width": 2}}
+SETTINGS = {"class_path": "tx_lightning.tasks.Translation", "init_args": {"vocab_size": 2}}
 
 
 def save(
@@ -93,7 +93,7 @@ def test_what_else_is_in_the_file(tmp_path: Path) -> None:
     ("other", "message"),
     [
         (
-            {"settings": {"class_path": "a.Task", "init_args": {"width": 3}}},
+            {"settings": {**SETTINGS, "init_args": {"vocab_size": 3}}},
             "settings of the model",
         ),
         ({"vocabulary": "{x}"}, "the tokenizers"),

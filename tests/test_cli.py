@@ -34,6 +34,7 @@ BASE = {
         "enable_model_summary": False,
     },
 }
+TRUST = ["--trust", "tests"]
 MID_EPOCH = "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 
 
@@ -84,7 +85,7 @@ def test_a_run_has_a_folder_with_all_it_takes_to_repeat_it(base: str) -> None:
 def test_a_checkpoint_is_enough_to_rebuild_the_task(base: str) -> None:
     assert main(["fit", "--config", base]) == 0
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")
-    task = load_task(checkpoint)
+    task = load_task(checkpoint, trust="tests")
     assert isinstance(task, TinyTask)
     assert task.settings == {
         "class_path": "tests.stand_ins.TinyTask",
@@ -147,7 +148,7 @@ def test_a_run_goes_on_where_it_ended(base: str) -> None:
     assert main(["fit", "--config", base, "--name", "whole", "--trainer.max_epochs", "3"]) == 0
     assert main(["fit", "--config", base]) == 0
     folder = only_run()
-    assert main(["fit", "--resume", str(folder), "--trainer.max_epochs", "3"]) == 0
+    assert main(["fit", "--resume", str(folder), *TRUST, "--trainer.max_epochs", "3"]) == 0
     assert list(Path("runs/tiny").iterdir()) == [folder]
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [9, 19, 29]
     (whole,) = only_run("whole").glob("checkpoints/*.ckpt")
@@ -169,7 +170,7 @@ def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
     folder = only_run()
     interrupted = folder / "checkpoints" / "interrupted.ckpt"
     assert read_checkpoint(interrupted)["global_step"] == 7  # 13 batches began: 14 are done
-    go_on = f"to go on: tx-lightning fit --resume {folder}"
+    go_on = f"to go on: tx-lightning fit --resume {folder} --trust tests"
     assert go_on in capsys.readouterr().err
 
     assert main(go_on.split()[4:]) == 0
@@ -186,7 +187,7 @@ def test_a_run_stopped_after_its_last_step_does_what_comes_at_the_end(base: str)
     (last,) = only_run().glob("checkpoints/*.ckpt")
     interrupted = last.with_name("interrupted.ckpt")
     interrupted.write_bytes(last.read_bytes())
-    assert main(["fit", "--resume", str(only_run())]) == 0
+    assert main(["fit", "--resume", str(only_run()), *TRUST]) == 0
     assert not interrupted.exists()
 
 
@@ -217,7 +218,7 @@ def test_a_run_is_not_started_again_over_damaged_checkpoints(
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     capsys.readouterr()
-    assert main(["fit", "--resume", str(only_run())]) == 1
+    assert main(["fit", "--resume", str(only_run()), *TRUST]) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: none of the 1 checkpoints in")
     assert main(["fit", "--resume", "runs"]) == 2
@@ -229,7 +230,7 @@ def test_the_model_section_may_come_from_the_checkpoint(
     assert main(["fit", "--config", base, "--model.dim", "4"]) == 0
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")
     data = config("data", **{key: value for key, value in BASE.items() if key != "model"})
-    words = ["test", "--config", data, "--ckpt_path", str(checkpoint)]
+    words = ["test", "--config", data, "--ckpt_path", str(checkpoint), *TRUST]
     capsys.readouterr()
     assert main(words) == 0
     assert f"model section: from checkpoint {checkpoint}" in capsys.readouterr().out

@@ -40,26 +40,32 @@ PARTS = {"decoding", "data", "losses", "metrics", "models", "nn", "schedules"}
 # Run folders, checkpoint files, configurations and messages: they know no model and no data.
 FILES = {
     "averaging",
+    "building",
     "checkpoints",
     "configuration",
     "diagnosis",
+    "entries",
     "errors",
     "loggers",
-    "runs",
+    "places",
     "provenance",
+    "runs",
+    "settings",
+    "trust",
     "wandb_files",
 }
 MAY_IMPORT: dict[str, set[str]] = {
-    "nn": set(),
-    "models": {"nn"},
-    "decoding": set(),
+    "described": set(),  # what objects were built with
+    "nn": {"described"},
+    "models": {"nn", "described"},
+    "decoding": {"described"},
     "data": set(),
     "losses": {"nn"},
     "metrics": set(),
     "schedules": set(),
-    **dict.fromkeys(FILES, FILES),
+    **dict.fromkeys(FILES, FILES | {"described"}),
     "sharding": set(),
-    "tasks": PARTS | {"checkpoints", "sharding"},
+    "tasks": PARTS | {"checkpoints", "described", "sharding", "trust"},
     "callbacks": PARTS | FILES | {"tasks"},
     "weights": {"nn", "models", "data"} | FILES,  # tasks are named by their class path
 }

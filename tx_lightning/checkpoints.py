@@ -311,7 +311,7 @@ def rebuild(
         raise CheckpointError(f"checkpoint {path} holds a {name}, not a {kind.__name__}")
     _check_arguments(found, changed)
     task = _build(approved, path, record["versions"], changed)
-    _restore(task, checkpoint, path, strict)
+    _restore(task, checkpoint, path, strict, name)
     if isinstance(task, Rebuildable):
         task.settings = _settings_with(approved, task, changed)
     assert isinstance(task, kind)
@@ -359,9 +359,13 @@ def _build(
 
 
 def _restore(
-    task: LightningModule, checkpoint: dict[str, Any], path: str | Path, strict: bool | None
+    task: LightningModule,
+    checkpoint: dict[str, Any],
+    path: str | Path,
+    strict: bool | None,
+    name: str,
 ) -> None:
-    """Put tokenizers and weights into a task."""
+    """Put tokenizers and weights into a task, the class path of which is `name`."""
     try:
         task.on_load_checkpoint(checkpoint)
     except Exception as error:  # of whatever the entries lead to
@@ -373,7 +377,7 @@ def _restore(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
         raise CheckpointError(
-            f"checkpoint {path}: the weights do not fit {type(task).__name__}: {why}"
+            f"checkpoint {path}: the weights do not fit {name}: {why}"
         ) from error
     for names, lack in ((left.missing_keys, "the file"), (left.unexpected_keys, "the task")):
         if names:

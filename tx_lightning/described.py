@@ -14,6 +14,8 @@ from enum import Enum
 from types import FunctionType, MethodType
 from typing import Any
 
+from torch.nn import Module
+
 _NAME = "_description"  # the attribute of an object
 
 
@@ -36,7 +38,13 @@ class Description:
 
 
 class Described:
-    """Base of classes whose objects remember what they were built with."""
+    """Base of classes whose objects remember what they were built with.
+
+    They do so in a slot, which is not among their variables; modules, whose state is their
+    variables when they are copied, in one of these.
+    """
+
+    __slots__ = (_NAME,)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -46,7 +54,16 @@ class Described:
 
 def description_of(built: object) -> Description | None:
     """What an object was built with; None where its class does not keep it."""
-    return vars(built).get(_NAME) if isinstance(built, Described) else None
+    if isinstance(built, Module):
+        return vars(built).get(_NAME)
+    return getattr(built, _NAME) if hasattr(built, _NAME) else None
+
+
+def _keep(built: object, description: Description | None) -> None:
+    if isinstance(built, Module):
+        vars(built)[_NAME] = description
+    else:
+        setattr(built, _NAME, description)
 
 
 def _describing(init: Callable[..., None]) -> Callable[..., None]:
@@ -55,10 +72,10 @@ def _describing(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def describing(self: Any, *args: Any, **kwargs: Any) -> None:
-        if _NAME in vars(self):
+        if _NAME in vars(self) or hasattr(self, _NAME):
             init(self, *args, **kwargs)
             return
-        vars(self)[_NAME] = None
+        _keep(self, None)
         try:
             given = signature.bind(self, *args, **kwargs)
         except TypeError:
@@ -75,7 +92,7 @@ def _describing(init: Callable[..., None]) -> Callable[..., None]:
         for name, value in vars(self).items():
             if isinstance(value, _Watched) and value in watched.values():
                 vars(self)[name] = value.factory
-        vars(self)[_NAME] = _describe(type(self), signature, described)
+        _keep(self, _describe(type(self), signature, described))
 
     return describing
 

@@ -3,6 +3,7 @@
 import collections.abc
 import datetime
 import decimal
+import inspect
 import os
 import types
 import typing
@@ -65,10 +66,14 @@ class Place:
         return bool(self.classes or self.factories or self.kinds or self.callables)
 
     @property
+    def loaded(self) -> bool:
+        """Whether a text may be the name of a file that holds what should be here."""
+        return bool(self.named or self.items or self.values or self.records)
+
+    @property
     def plain(self) -> bool:
         """Whether only numbers and texts may be here."""
-        structured = self.anything or self.items or self.values or self.records
-        return not (structured or self.named or self.module)
+        return not (self.anything or self.module or self.loaded)
 
     def wanted(self) -> str:
         """What is asked for, in words."""
@@ -99,7 +104,9 @@ def place_of(*hints: Any) -> Place:
 def _add(place: Place, hint: Any) -> None:
     """Let a place accept what a hint accepts as well."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    if hint in (Any, object, inspect.Parameter.empty):
+        place.anything = True
+    elif origin in (Union, types.UnionType):
         for argument in arguments:
             _add(place, argument)
     elif origin is typing.Annotated:
@@ -133,9 +140,7 @@ def _add_callable(place: Place, arguments: tuple[Any, ...]) -> None:
 def _add_class(place: Place, kind: type, arguments: tuple[Any, ...]) -> None:
     if kind in _NUMBERS:
         return
-    if kind is object:
-        place.anything = True
-    elif kind in (types.ModuleType, types.UnionType, types.GenericAlias):
+    if kind in (types.ModuleType, types.UnionType, types.GenericAlias):
         place.module = True
     elif issubclass(kind, _TEXT):
         place.text = True

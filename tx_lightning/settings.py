@@ -166,7 +166,7 @@ class _Walk:
             elif key == "config":
                 self.forbidden.append(f"config: {_shown(value)}: a file may not name another one")
             elif self._is_key(key, "the file"):
-                checked[key] = self.value(value, (Any,), key)
+                checked[key] = self.value(value, (str,), key)
         return checked
 
     def value(
@@ -220,7 +220,7 @@ class _Walk:
             self.texts.add(text)
         elif place.plain:
             return text
-        elif place.module or _is_tree(text) or _is_file(text):
+        elif place.module or _is_tree(text) or (place.loaded and _is_file(text)):
             self.forbidden.append(f"{at}: {_shown(text)} would be read as more than a text")
             return None
         elif not (place.text or place.anything or _is_scalar(text)):
