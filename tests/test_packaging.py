@@ -52,6 +52,7 @@ FILES = {
     "runs",
     "settings",
     "trust",
+    "walking",
     "wandb_files",
 }
 MAY_IMPORT: dict[str, set[str]] = {

@@ -14,8 +14,8 @@ from jsonargparse import _actions as parser_actions
 from jsonargparse import _typehints as parser_types
 from lightning.pytorch import LightningModule
 
-from tx_lightning.settings import Approved, SettingsError
 from tx_lightning.trust import is_dotted
+from tx_lightning.walking import Approved, SettingsError
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 # How the parser turns a text into a class. Where one of these is gone, nothing is parsed.

@@ -30,8 +30,10 @@ from tx_lightning.building import build, completed
 from tx_lightning.described import description_of
 from tx_lightning.entries import WrongEntry, check_entries
 from tx_lightning.errors import did_you_mean
-from tx_lightning.settings import Approved, SettingsError, approve_task, names_of, parameters_of
+from tx_lightning.places import names_of, parameters_of
+from tx_lightning.settings import approve_task
 from tx_lightning.trust import Trust
+from tx_lightning.walking import Approved, SettingsError
 
 FORMAT = 1
 RECORD = "tx_lightning"
@@ -376,9 +378,7 @@ def _restore(
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[min(1, len(lines) - 1)] if lines else type(error).__name__
-        raise CheckpointError(
-            f"checkpoint {path}: the weights do not fit {name}: {why}"
-        ) from error
+        raise CheckpointError(f"checkpoint {path}: the weights do not fit {name}: {why}") from error
     for names, lack in ((left.missing_keys, "the file"), (left.unexpected_keys, "the task")):
         if names:
             rank_zero_warn(f"checkpoint {path}: {lack} has no {', '.join(names)}")

@@ -59,9 +59,10 @@ from tx_lightning.runs import (
     run_folder,
     shown,
 )
-from tx_lightning.settings import Approved, check_run, packages_of
+from tx_lightning.settings import check_run, packages_of
 from tx_lightning.tasks.task import Task
 from tx_lightning.trust import HELP, own_names, take_trust, trust_words
+from tx_lightning.walking import Approved
 
 LINKS = {
     "data.init_args.vocab_size": "model.init_args.vocab_size",

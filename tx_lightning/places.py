@@ -1,4 +1,4 @@
-"""What a type hint accepts in a configuration: plain values, objects, or what makes them."""
+"""What a type hint accepts in a configuration, and what parameters a class has for the parser."""
 
 import collections.abc
 import datetime
@@ -8,12 +8,16 @@ import os
 import types
 import typing
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
+from types import FunctionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from jsonargparse._common import is_subclasses_disabled
+from jsonargparse._parameter_resolvers import ParamData, get_signature_parameters
+from jsonargparse._util import get_import_path
 
 # What the parser makes of a text by itself.
 _TEXT = (
@@ -157,3 +161,38 @@ def _add_class(place: Place, kind: type, arguments: tuple[Any, ...]) -> None:
         place.classes += (kind,)
         if is_subclasses_disabled(kind):
             place.records += (kind,)
+
+
+@cache
+def parameters_of(callable_: Callable[..., Any]) -> list[ParamData]:
+    """The parameters of a class or function as the parser sees them, inherited ones included."""
+    return list(get_signature_parameters(callable_, logger=False))
+
+
+@cache
+def defaults_of(callable_: Callable[..., Any]) -> dict[str, frozenset[str]]:
+    """The names of what the parameters of a class have by default."""
+    return {p.name: names_of(p.default) for p in parameters_of(callable_)}
+
+
+def names_of(default: Any) -> frozenset[str]:
+    """The names by which a file may say what the code has anyway."""
+    if isinstance(default, Mapping):
+        name = default.get("class_path")
+        return frozenset({name}) if isinstance(name, str) else frozenset()
+    if not isinstance(default, type | FunctionType) or default is inspect.Parameter.empty:
+        return frozenset()
+    names = {f"{default.__module__}.{default.__qualname__}"}
+    try:
+        shortest = get_import_path(default)
+    except (ValueError, AttributeError, ImportError):
+        shortest = None
+    return frozenset(names if shortest is None else names | {shortest})
+
+
+def is_a(found: type, kind: type) -> bool:
+    """Whether a class is what is asked for: a subclass, or one with the methods of a protocol."""
+    if not getattr(kind, "_is_protocol", False):
+        return issubclass(found, kind)
+    methods = [name for name, value in vars(kind).items() if inspect.isfunction(value)]
+    return all(hasattr(found, name) for name in methods if not name.startswith("_"))

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule
 
 from tx_lightning.building import build
 from tx_lightning.checkpoints import RECORD, checkpoint_record, write_atomically
-from tx_lightning.settings import SettingsError, approve_task
+from tx_lightning.settings import approve_task
 from tx_lightning.trust import Trust
+from tx_lightning.walking import SettingsError
 from tx_lightning.weights import bert, gpt2, seq2seq
 from tx_lightning.weights.configuration import Arguments, Configuration
 from tx_lightning.weights.errors import WeightsError
