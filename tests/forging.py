@@ -77,6 +77,7 @@ def buildable(kind: type) -> list[type]:
         if NO_TRUST.covers(each.__module__)
         and not inspect.isabstract(each)
         and not each.__name__.startswith("_")
+        and "._" not in each.__module__
         and "<" not in each.__qualname__
     ]
 
@@ -107,6 +108,11 @@ class Spot:
     path: Path_
     hint: Any
     owner: tuple[str, str]
+
+
+def kind_of(spot: Spot) -> tuple[str, str, bool]:
+    """What is tried once: an argument of a class, and an element of one."""
+    return *spot.owner, bool(spot.path) and isinstance(spot.path[-1], int)
 
 
 class Grower:

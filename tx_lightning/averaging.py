@@ -17,9 +17,9 @@ from torch import Tensor
 from tx_lightning.checkpoints import (
     RECORD,
     CheckpointError,
+    check_settings,
     read_checkpoint,
     require_finite,
-    settings_of,
     write_atomically,
 )
 from tx_lightning.diagnosis import explain
@@ -272,9 +272,7 @@ def main(words: Sequence[str]) -> int:
     given = [Path(path) for path in options.paths]
     paths = _chosen(options, given) if given[0].is_dir() else _listed(options, given)
     for path in paths:
-        checkpoint = read_checkpoint(path, lazily=True)
-        if checkpoint[RECORD]["task"] is not None:
-            settings_of(checkpoint, path, trust)
+        check_settings(path, trust)
     out = Path(options.output) if options.output else paths[0].parent / f"{AVERAGED}.ckpt"
     average_checkpoints(paths, out)
     print(f"averaged {', '.join(path.name for path in paths)}")

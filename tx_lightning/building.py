@@ -18,9 +18,13 @@ from tx_lightning.trust import is_dotted
 from tx_lightning.walking import Approved, SettingsError
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-# How the parser turns a text into a class. Where one of these is gone, nothing is parsed.
-_LOADERS = ((parser_types, "import_object"), (parser_actions, "import_object"))
-_MODULE_LOADER = (parser_types, "import_module")
+# How the parser turns a text into a class, or into a module: where one of these is gone, nothing is
+# parsed. Only newer ones look for a module first, which imports the packages that it is in.
+LOADERS = ((parser_types, "import_object"), (parser_actions, "import_object"))
+MODULE_LOADERS = (
+    (parser_types, "import_module"),
+    *((parser_types, name) for name in ("find_spec",) if name in vars(parser_types)),
+)
 _LOCK = threading.RLock()  # one guard at a time
 
 
@@ -84,19 +88,18 @@ def _guarded(permits: Callable[[str], bool], where: str) -> Iterator[None]:
             raise SettingsError(f"{where}: {denied[0]} is nothing that it may import") from error
 
     with _LOCK:
-        places = [*_LOADERS, _MODULE_LOADER]
-        before = [getattr(module, name) for module, name in places]
+        before = [(*place, getattr(*place)) for place in (*LOADERS, *MODULE_LOADERS)]
         try:
-            for (module, name), original in zip(places, before, strict=True):
-                modules = (module, name) == _MODULE_LOADER
+            for module, name, original in before:
+                modules = (module, name) in MODULE_LOADERS
                 setattr(module, name, guard(original, modules=modules))
             yield
         except Exception as error:
             refuse(error)
             raise
         finally:
-            for (module, name), original in zip(places, before, strict=True):
-                setattr(module, name, original)
+            for place in before:
+                setattr(*place)
     refuse(None)
 
 

@@ -248,6 +248,21 @@ def settings_of(checkpoint: Mapping[str, Any], path: str | Path, trust: Trust) -
         raise CheckpointError(str(error)) from None
 
 
+def check_settings(path: str | Path, trust: Trust) -> None:
+    """Refuse a checkpoint whose settings name what may not be built, if it has settings.
+
+    Args:
+        path: The file.
+        trust: The user's consent.
+
+    Raises:
+        CheckpointError: It is refused, or cannot be read.
+    """
+    checkpoint = read_checkpoint(path, lazily=True)
+    if checkpoint[RECORD]["task"] is not None:
+        settings_of(checkpoint, path, trust)
+
+
 def _unsettled(record: Mapping[str, Any]) -> str:
     """Why a record has no settings, and what to do about it."""
     reasons = [

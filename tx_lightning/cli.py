@@ -38,6 +38,7 @@ from tx_lightning.checkpoints import (
     AtomicCheckpointIO,
     CheckpointError,
     Rebuildable,
+    check_settings,
     newest_checkpoint,
     read_checkpoint,
     settings_of,
@@ -195,12 +196,15 @@ class CommandLine(LightningCLI):
         words = self._with_resumed_run(args)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
-            self.checkpoint = Path(values["ckpt_path"])
+            self.checkpoint = Path(str(values["ckpt_path"]))
         if self.resumed:
             self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
         own_model = _has_class(values, "model")
         if self.checkpoint is not None:
             self._read_recorded(self.checkpoint, own_model=own_model)
+        elif values.get("pretrained"):
+            # Only its weights are used; still, it is not opened where it is not trusted.
+            check_settings(values["pretrained"], self.trust)
         self._model_from_checkpoint = self.checkpoint is not None and not own_model
         if self._model_from_checkpoint:
             assert self._recorded is not None
@@ -446,7 +450,7 @@ class CommandLine(LightningCLI):
             checkpoint = read_checkpoint(self.checkpoint, lazily=True)
             data.given_tokenizers = tokenizers_of(self.checkpoint, checkpoint)
             return
-        pretrained = Pretrained.read(path, trust=self.trust)
+        pretrained = Pretrained.read(path)
         data.given_tokenizers = pretrained.tokenizers
         report = initialize(task, pretrained)
         if is_first_process():

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tx_lightning.checkpoints import RECORD, CheckpointError, read_checkpoint, settings_of
+from tx_lightning.checkpoints import RECORD, CheckpointError, read_checkpoint
 from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.tasks.steps import parameter_depths
 from tx_lightning.tasks.task import Task
-from tx_lightning.trust import NO_TRUST, Trust
 
 NETWORK = "network."
 _SHOWN = 6  # names in a line
@@ -33,20 +32,13 @@ class Pretrained:
     tokenizers: Tokenizers
 
     @classmethod
-    def read(cls, path: str | Path, *, trust: Trust = NO_TRUST) -> "Pretrained":
+    def read(cls, path: str | Path) -> "Pretrained":
         """Read a checkpoint of `fit`, `average` or `import`.
 
-        Args:
-            path: The file.
-            trust: The user's consent to the classes that it names, although none is built here.
-
         Raises:
-            CheckpointError: When it cannot be read, has no network or no tokenizers, or names what
-                is not trusted.
+            CheckpointError: When it cannot be read, or has no network or no tokenizers.
         """
         checkpoint = read_checkpoint(path, lazily=True)
-        if checkpoint[RECORD]["task"] is not None:
-            settings_of(checkpoint, path, trust)
         weights = {
             name.removeprefix(NETWORK): value
             for name, value in checkpoint["state_dict"].items()

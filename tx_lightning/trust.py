@@ -127,13 +127,13 @@ class Trust:
         home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', None)}"
         if home in FUNCTIONS or name in self.names or self.everything:
             return found
-        if _below(name, self.packages) and _below(home, self.packages):
+        if name in self.packages or (_below(name, self.packages) and _below(home, self.packages)):
             return found
         raise ForbiddenName(f"{name} is a function, and a file may name only classes")
 
     def _require(self, home: str, name: str) -> None:
         """Refuse a name, or what it leads to, where it is neither ours nor trusted."""
-        if self.covers(home) or name in self.names:
+        if self.covers(home) or name in self.names or name in self.packages:
             return
         if _is_python(home) or _below(home, _CLOSED):
             raise ForbiddenName(f"{name} may not be named in a file: models are not made of it")

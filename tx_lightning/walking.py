@@ -100,8 +100,10 @@ class Walk:
                 checked[key] = self._arguments(value, trainer, key, 0, defaults)
             elif key == "config":
                 self.forbidden.append(f"config: {_shown(value)}: a file may not name another one")
-            elif self._is_key(key, "the file"):
+            elif _is_key(key):
                 checked[key] = self.value(value, (str,), key)
+            else:
+                self._mistake("the file", f"{_shown(key)} is no section")
         return checked
 
     def value(
@@ -241,8 +243,9 @@ class Walk:
             return {}
         checked: dict[str, Any] = {}
         for key, value in arguments.items():
-            if not self._is_key(key, at):
-                self._scan(value, at, depth)
+            if not _is_key(key) or (key in _SPEC and key not in known):
+                self._mistake(at, f"{_shown(key)} is no argument")
+                self._scan({key: value}, at, depth)
                 continue
             inner = f"{at}.{key}"
             if key in known:
@@ -302,13 +305,6 @@ class Walk:
             for number, value in enumerate(tree):
                 self._scan(value, f"{at}.{number}", depth + 1)
 
-    def _is_key(self, key: Any, at: str) -> bool:
-        """Whether a key is the name of an argument; one with a dot would reach further down."""
-        if isinstance(key, str) and key.isidentifier():
-            return True
-        self._mistake(at, f"{_shown(key)} is no name of an argument")
-        return False
-
     def _mistake(self, at: str, what: str) -> None:
         self.mistakes.append(f"{at}: {what}")
 
@@ -316,6 +312,11 @@ class Walk:
         self._values += 1
         if depth > DEEPEST or self._values > MOST_VALUES:
             raise TooMuch(f"{at.partition('.')[0]}: this is no tree of settings")
+
+
+def _is_key(key: Any) -> bool:
+    """Whether a key is the name of an argument; one with a dot would reach further down."""
+    return isinstance(key, str) and key.isidentifier()
 
 
 def _loaded(text: str) -> Any:
