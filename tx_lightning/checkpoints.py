@@ -5,6 +5,7 @@ by `checkpoint_record`, from which `load_task` rebuilds the task with its tokeni
 tensors and plain containers only and loads with `weights_only=True`.
 """
 
+import contextlib
 import copy
 import errno
 import os
@@ -12,7 +13,7 @@ import platform
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,8 @@ from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from tx_lightning import __version__
 from tx_lightning.building import build, completed
@@ -327,7 +329,8 @@ def rebuild(
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise CheckpointError(f"checkpoint {path} holds a {name}, not a {kind.__name__}")
     _check_arguments(found, changed)
-    task = _build(approved, path, record["versions"], changed)
+    with _no_larger_than(checkpoint["state_dict"]):
+        task = _build(approved, path, record["versions"], changed)
     _restore(task, checkpoint, path, strict, name)
     if isinstance(task, Rebuildable):
         task.settings = _settings_with(approved, task, changed)
@@ -358,6 +361,30 @@ def _check_arguments(kind: type, changed: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{kind.__name__} has no parameter '{name}'{did_you_mean(name, known)}"
             )
+
+
+@contextlib.contextmanager
+def _no_larger_than(weights: Mapping[str, Any]) -> Iterator[None]:
+    """Stop building a network that is far larger than the weights for it.
+
+    Damaged settings may ask for more layers than there is time or memory for.
+    """
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    left = [1_000 + 4 * len(tensors), 1_000_000 + 4 * sum(value.numel() for value in tensors)]
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is None:
+            return
+        left[0] -= 1
+        left[1] -= parameter.numel()
+        if min(left) < 0:
+            raise ValueError("its settings ask for a network far larger than its weights")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _build(

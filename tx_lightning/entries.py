@@ -5,7 +5,7 @@ tensors anywhere.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 _VERSION = re.compile(r"\d+(\.\d+)+([.+\-\w]*)")
 _DEEPEST = 50
+_PROGRESS = {"ready", "started", "processed", "completed"}  # what Lightning's loops count
 Check = Callable[[Any], bool]
 
 
@@ -34,13 +35,25 @@ def check_entries(checkpoint: Mapping[str, Any], record: str) -> None:
     _require(checkpoint, _OPTIONAL, required=False)
     _require(checkpoint[record], _RECORD, required=True, inside=f"{record}.")
     _require(checkpoint[record], _RECORD_OPTIONAL, required=False, inside=f"{record}.")
-    for name, value in checkpoint["state_dict"].items():
-        if isinstance(value, Tensor):
-            check_tensor(f"state_dict.{name}", value)
+    for name, value in _tensors(checkpoint):
+        _check_tensor(name, value)
 
 
-def check_tensor(name: str, value: Tensor) -> None:
+def _tensors(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that are computed with, by name."""
+    named: dict[str, Any] = {
+        f"state_dict.{name}": v for name, v in checkpoint["state_dict"].items()
+    }
+    for optimizer in checkpoint.get("optimizer_states", []):
+        for parameter, state in optimizer["state"].items():
+            named |= {f"optimizer_states.{parameter}.{key}": v for key, v in state.items()}
+    yield from ((name, value) for name, value in named.items() if isinstance(value, Tensor))
+
+
+def _check_tensor(name: str, value: Tensor) -> None:
     """Refuse a tensor that is no plain array, or claims to be larger than what is stored.
+
+    Kernels that take it for an array would read and write beyond its memory.
 
     Raises:
         WrongEntry: It is.
@@ -48,7 +61,8 @@ def check_tensor(name: str, value: Tensor) -> None:
     plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
     if not plain or value.is_meta:
         raise WrongEntry(f"is damaged: '{name}' is not a plain tensor")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    end = (value.storage_offset() + value.numel()) * value.element_size()
+    if end > value.untyped_storage().nbytes():
         raise WrongEntry(f"is damaged: '{name}' is larger than what is stored of it")
 
 
@@ -102,8 +116,27 @@ def _weights(value: Any) -> bool:
 
 
 def _optimizer(value: Any) -> bool:
+    """A state for each parameter, of tensors and numbers."""
     state = value.get("state") if isinstance(value, dict) else None
-    return isinstance(state, dict) and all(isinstance(item, dict) for item in state.values())
+    return isinstance(state, dict) and all(_dict(_state)(item) for item in state.values())
+
+
+def _state(value: Any) -> bool:
+    return isinstance(value, Tensor | list) or value is None or type(value) in (bool, int, float)
+
+
+def _scheduler(value: Any) -> bool:
+    counts = ("last_epoch", "_step_count")
+    return _dict(_anything)(value) and all(type(value.get(key, 0)) is int for key in counts)
+
+
+def _loops(value: Any, depth: int = 0) -> bool:
+    """Nested mappings in which all progress is counted."""
+    if not isinstance(value, dict) or depth > _DEEPEST:
+        return not isinstance(value, dict)
+    if value.keys() & _PROGRESS:
+        return all(_count(item) for item in value.values())
+    return all(_loops(item, depth + 1) for item in value.values())
 
 
 def _averaged(value: Any) -> bool:
@@ -146,9 +179,9 @@ _OPTIONAL: dict[str, Entry] = {
     "epoch": (_count, "a number of epochs"),
     "pytorch-lightning_version": (_version, "a version"),
     "optimizer_states": (_list(_optimizer), "a list of states"),
-    "lr_schedulers": (_list(_dict(_anything)), "a list of states"),
+    "lr_schedulers": (_list(_scheduler), "a list of states"),
     "callbacks": (_dict(_anything), "a mapping"),
-    "loops": (_dict(_anything), "a mapping"),
+    "loops": (lambda value: _dict(_anything)(value) and _loops(value), "progress"),
     "metrics": (_dict(_number), "numbers by name"),
     "metrics_size": (_count, "a number of bytes"),
     "sizes": (_dict(_count), "numbers of bytes by name"),

@@ -32,15 +32,16 @@ _TEXT = (
     os.PathLike,
     Enum,
 )
-_NUMBERS = (bool, int, float, type(None))
+_NUMBERS = (bool, int, float)
 _CONTAINERS = ("builtins", "collections", "collections.abc")  # modules of lists, sets, mappings
 
 
 @dataclass
 class Place:
-    """What may be at a place. Numbers, true, false and null may be anywhere.
+    """What may be at a place. Numbers, true and false may be anywhere: they do no harm.
 
     Attributes:
+        null: Nothing.
         text: A text, which stays one.
         anything: Plain data of any kind.
         module: A module or a type expression, which no file may name.
@@ -53,6 +54,7 @@ class Place:
         values: Mappings to these types.
     """
 
+    null: bool = False
     text: bool = False
     anything: bool = False
     module: bool = False
@@ -109,7 +111,9 @@ def _add(place: Place, hint: Any) -> None:
     """Let a place accept what a hint accepts as well."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint in (Any, object, inspect.Parameter.empty):
-        place.anything = True
+        place.anything = place.null = True
+    elif hint in (None, type(None)):
+        place.null = True
     elif origin in (Union, types.UnionType):
         for argument in arguments:
             _add(place, argument)
@@ -129,7 +133,7 @@ def _add(place: Place, hint: Any) -> None:
     elif isinstance(origin or hint, type):
         _add_class(place, origin or hint, arguments)
     else:
-        place.anything = True
+        place.anything = place.null = True
 
 
 def _add_callable(place: Place, arguments: tuple[Any, ...]) -> None:

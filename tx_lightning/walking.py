@@ -5,6 +5,7 @@ continues with the types of the class's parameters. What it returns holds nothin
 understand.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -249,7 +250,10 @@ class Walk:
                 continue
             inner = f"{at}.{key}"
             if key in known:
-                hints = (known[key].annotation,)
+                parameter = known[key]
+                hints = (parameter.annotation,)
+                if value is None and _needed(parameter):
+                    self._mistake(inner, f"null is not {place_of(*hints).wanted()}")
                 checked[key] = self.value(value, hints, inner, depth + 1, defaults[key])
             else:
                 checked[key] = self.value(value, (Any,), inner, depth + 1)
@@ -312,6 +316,12 @@ class Walk:
         self._values += 1
         if depth > DEEPEST or self._values > MOST_VALUES:
             raise TooMuch(f"{at.partition('.')[0]}: this is no tree of settings")
+
+
+def _needed(parameter: ParamData) -> bool:
+    """Whether a parameter has a value by default and may not be without one."""
+    none = parameter.default is None or parameter.default is inspect.Parameter.empty
+    return not none and not place_of(parameter.annotation).null
 
 
 def _is_key(key: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -63,6 +65,29 @@ def configure_optimizers(
             "lr_scheduler": {"scheduler": schedule, "interval": "epoch", "monitor": "val/loss"},
         }
     return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_states(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse the state of a fused optimizer that is not of the shape of its parameter.
+
+    The kernels do not look: they would read and write beyond the memory of a smaller one.
+
+    Raises:
+        ValueError: When a checkpoint brought such a state.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not group.get("fused"):
+                continue
+            for parameter in group["params"]:
+                for name, value in optimizer.state[parameter].items():
+                    shape = () if name == "step" else tuple(parameter.shape)
+                    found = tuple(value.shape) if isinstance(value, Tensor) else type(value)
+                    if value is not None and found != shape:
+                        raise ValueError(
+                            f"the checkpoint's optimizer state {name} of a parameter of shape "
+                            f"{tuple(parameter.shape)} is {found}: it does not fit"
+                        )
 
 
 def parameter_depths(network: nn.Module) -> dict[str, int]:

@@ -31,7 +31,12 @@ from tx_lightning.data.tokenizers import Tokenizer, Tokenizers, check_rows
 from tx_lightning.described import Described
 from tx_lightning.losses import TokenLoss
 from tx_lightning.sharding import Sharded, gather, scatter, shard
-from tx_lightning.tasks.steps import clip_gradients, configure_optimizers, seed_batch
+from tx_lightning.tasks.steps import (
+    check_states,
+    clip_gradients,
+    configure_optimizers,
+    seed_batch,
+)
 from tx_lightning.trust import Trust
 
 B = TypeVar("B", bound=Batch)
@@ -244,6 +249,7 @@ class Task(Described, LightningModule, Generic[B]):
 
     def on_train_start(self) -> None:
         """Spare several processes an exchange before each step: no buffer changes in training."""
+        check_states(self.trainer.optimizers)
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.broadcast_buffers = False
