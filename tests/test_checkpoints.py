@@ -4,6 +4,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -201,3 +202,27 @@ def test_a_folder_of_shards_is_not_passed_over(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").mkdir()
     with pytest.raises(CheckpointError, match=r"last\.ckpt is a folder, not one of ours"):
         checkpoints.newest_checkpoint(tmp_path)
+
+
+def test_nothing_is_unpickled_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = tmp_path / "objects.ckpt"
+    torch.save({**checkpoint(), "path": path}, path)
+    with pytest.raises(CheckpointError, match="holds Python objects"):
+        checkpoints.read_checkpoint(path)
+    for weights_only in (None, True):
+        with pytest.raises(UnpicklingError, match="Weights only load failed"):
+            AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+    with pytest.raises(ValueError, match="weights_only=False"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+
+
+def test_tensors_go_where_they_were_saved_if_there_is_such_a_device() -> None:
+    storage = torch.zeros(2).untyped_storage()
+    assert checkpoints.saved_location(storage, "cpu") is None
+    if not torch.cuda.is_available():
+        there = checkpoints.saved_location(storage, "cuda:0")
+        assert there is not None
+        assert there.device.type == "cpu"

@@ -414,3 +414,55 @@ def test_options_cannot_be_abbreviated(base: str, capsys: pytest.CaptureFixture[
     """What is read ahead of the parser, as --ckpt_path and --resume, has one spelling."""
     assert main(["test", "--config", base, "--ckpt", base]) == 2
     assert "there is no 'ckpt' (did you mean 'ckpt_path'?)" in capsys.readouterr().err
+
+
+def test_training_does_not_go_on_from_weights_alone(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", base]) == 0
+    (path,) = only_run().glob("checkpoints/*.ckpt")
+    assert main(["average", str(path), "--output", "averaged.ckpt", *TRUST]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--config", base, "--ckpt_path", "averaged.ckpt"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "averaged.ckpt holds weights alone" in line
+    assert line.endswith("start from them with --pretrained averaged.ckpt")
+    assert main(["test", "--config", base, "--ckpt_path", "averaged.ckpt"]) == 0
+
+
+def test_a_checkpoint_that_lightning_cannot_restore_is_one_line(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", base]) == 0
+    (path,) = only_run().glob("checkpoints/*.ckpt")
+    checkpoint = read_checkpoint(path)
+    words = ["fit", "--config", base, "--ckpt_path", str(path), "--trainer.max_epochs", "3"]
+    for state in ({"state": {}}, {"state": {}, "param_groups": []}):
+        torch.save({**checkpoint, "optimizer_states": [state]}, path)
+        capsys.readouterr()
+        assert main(words) == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: checkpoint {path} cannot be restored: ")
+
+
+def test_checkpoints_are_always_read_without_code(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", base, "--weights_only", "false"]) == 2
+    assert "weights_only=false: checkpoints hold nothing" in capsys.readouterr().err
+
+
+def test_consent_is_needed_where_a_file_names_the_classes(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not where the user's own configuration does."""
+    assert main(["fit", "--config", base]) == 0
+    said = capsys.readouterr().out
+    folder = only_run()
+    assert f"go on with: tx-lightning fit --resume {folder} --trust tests\n" in said
+    assert main(["fit", "--resume", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}/config.yaml names code that is not part of tx_light")
+    assert "tests.stand_ins.TinyTask (model), tests.stand_ins.TinyData (data)" in line
+    (path,) = folder.glob("checkpoints/*.ckpt")
+    assert main(["test", "--config", base, "--ckpt_path", str(path)]) == 0

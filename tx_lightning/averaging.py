@@ -139,7 +139,7 @@ def distinct_checkpoints(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
         same = digests.index(digests[number])
         if same < number:
             left_out.append(f"{path}: it has the weights of {paths[same]}")
-        elif parts := _parts(path, checkpoint, paths, digests):
+        elif parts := _parts(number, checkpoint, paths, digests):
             left_out.append(f"{path}: it is an average of {', '.join(map(str, parts))} already")
         else:
             kept.append(path)
@@ -147,15 +147,16 @@ def distinct_checkpoints(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _parts(
-    path: Path, checkpoint: Mapping[str, Any], paths: Sequence[Path], digests: Sequence[str]
+    number: int, checkpoint: Mapping[str, Any], paths: Sequence[Path], digests: Sequence[str]
 ) -> list[Path]:
-    """Those of some checkpoints that an average was made of."""
+    """Those of some checkpoints that one of them is an average of."""
     if AVERAGED not in checkpoint:
         return []
     if DIGESTS in checkpoint:
-        of = set(checkpoint[DIGESTS])
+        of = set(checkpoint[DIGESTS]) - {digests[number]}  # of one file it has the same weights
         return [other for other, weights in zip(paths, digests, strict=True) if weights in of]
     # An older average knows the names of its parts alone, which were beside it.
+    path = paths[number]
     beside = {(path.parent / name).resolve() for name in checkpoint[AVERAGED]["files"]}
     return [other for other in paths if other != path and other.resolve() in beside]
 
