@@ -437,7 +437,8 @@ def test_a_checkpoint_that_lightning_cannot_restore_is_one_line(
     (path,) = only_run().glob("checkpoints/*.ckpt")
     checkpoint = read_checkpoint(path)
     words = ["fit", "--config", base, "--ckpt_path", str(path), "--trainer.max_epochs", "3"]
-    for state in ({"state": {}}, {"state": {}, "param_groups": []}):
+    states: list[dict[str, Any]] = [{"state": {}}, {"state": {}, "param_groups": []}]
+    for state in states:
         torch.save({**checkpoint, "optimizer_states": [state]}, path)
         capsys.readouterr()
         assert main(words) == 1

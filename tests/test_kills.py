@@ -67,7 +67,7 @@ def start(
     """Start the run in its folder, or go on with it where it has begun."""
     begun = (run / "config.yaml").is_file()
     if begun:
-        command = ["fit", "--resume", str(run), *words]
+        command = ["fit", "--resume", str(run), "--trust", "tests", *words]
     else:
         place = ["--trainer.default_root_dir", str(run)]
         command = ["fit", "--config", str(file), *place, *words]
