@@ -57,6 +57,9 @@ PAYLOADS = (
     Payload({"inner.class_path": "os.system"}, "class_path"),
     Payload('{"class_path": "os.system", "init_args": {"command": "touch PWNED"}}', "os.system"),
     Payload("class_path: os.system\ninit_args: {command: touch PWNED}", "os.system"),
+    # As YAML only to the parser's loader, which knows tabs and no dates.
+    Payload("class_path:\tos.system", "os.system"),
+    Payload("{class_path: os.system, init_args: {command: 2020-99-99}}", "os.system"),
     Payload("evil.yaml", "evil.yaml"),
 )
 
@@ -148,7 +151,7 @@ class Grower:
             return {"key": self.fill(place.values[0], depth + 1)}
         if place.text:
             return "text"
-        return {"key": ["plain"]} if place.anything else None if place.named else 1
+        return {"key": ["plain"]} if place.anything else None if place.null else 1
 
 
 def makers(place: Place) -> Iterator[tuple[type, int]]:

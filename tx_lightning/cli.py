@@ -27,7 +27,7 @@ from lightning.pytorch.callbacks import ProgressBar as Bar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from tx_lightning import __version__
-from tx_lightning.building import all_but, try_parsing
+from tx_lightning.building import all_but, only, try_parsing
 from tx_lightning.callbacks.due_validation import DueValidation
 from tx_lightning.callbacks.graceful_stop import GracefulStop
 from tx_lightning.callbacks.predictions import PredictionWriter
@@ -82,13 +82,18 @@ class CommandLine(LightningCLI):
     Args:
         words: The words of the command, the verb first.
         run: Whether to carry it out, or only to parse and build (then without a verb).
+        foreign: A configuration among the words that may be of others.
     """
 
-    def __init__(self, words: Sequence[str], *, run: bool = True) -> None:
+    def __init__(
+        self, words: Sequence[str], *, run: bool = True, foreign: Path | None = None
+    ) -> None:
         _silence_libraries()
         self.verb = words[0] if run else None
         self.trust, words = take_trust(words)
-        self.trust = self.trust.naming(*own_names(words))
+        self.foreign = foreign
+        if foreign is None:
+            self.trust = self.trust.naming(*own_names(words))
         self.folder: Path | None = None
         self.resumed: Path | None = None
         self.checkpoint: Path | None = None
@@ -194,6 +199,8 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         words = self._with_resumed_run(args)
+        if self.foreign is not None:
+            self._check_foreign(self.foreign)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
             self.checkpoint = Path(str(values["ckpt_path"]))
@@ -219,7 +226,7 @@ class CommandLine(LightningCLI):
         self._check_links(values)
 
     def _with_resumed_run(self, words: list[str]) -> list[str]:
-        """Replace `--resume FOLDER` by the configuration of that run, once it is found harmless."""
+        """Replace `--resume FOLDER` by the configuration of that run."""
         folder = given(words).get("resume") if self.verb == "fit" else None
         if not folder:
             return words
@@ -229,9 +236,17 @@ class CommandLine(LightningCLI):
             raise ConfigurationError(
                 f"--resume {folder}: it has no {CONFIG}, so it is no run folder"
             )
-        self._texts |= check_run(config, self.trust).texts
+        self.foreign = config
         rest = without_option(words[1:], "resume")
         return ["fit", "--config", str(config), *rest]
+
+    def _check_foreign(self, config: Path) -> None:
+        """Refuse a configuration of others that names what may not be built."""
+        approved = check_run(config, self.trust)
+        self._texts |= approved.texts
+        with only(approved, shown(config)), contextlib.suppress(ArgumentError):
+            # Alone, where the parser can import nothing else; its errors are told later.
+            self._parser(self.verb).parse_object(approved.settings)
 
     def _read_recorded(self, path: Path, *, own_model: bool) -> None:
         """Take the model section of a checkpoint, once it is found harmless."""

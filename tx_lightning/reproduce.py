@@ -26,12 +26,13 @@ _LONGEST = 60  # characters of a value in that list
 History = dict[tuple[int, str], float]
 
 
-def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
+def main(words: Sequence[str], command: Callable[..., Any]) -> int:
     """Carry out `tx-lightning reproduce`; 0 where all came out the same, 1 where anything differs.
 
     Args:
         words: What follows `reproduce`.
-        command: Carries out the words of another command.
+        command: Carries out the words of another command, in which `foreign` is a configuration
+            that may be of others.
     """
     parser = ArgumentParser(
         prog="tx-lightning reproduce",
@@ -54,7 +55,7 @@ def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
         )
     again = run_folder(run.absolute().parent)
     config = ["--config", str(run / CONFIG), "--trainer.default_root_dir", str(again)]
-    command(["fit", *config, *trust_words(trust.packages).split()])
+    command(["fit", *config, *trust_words(trust.packages).split()], foreign=run / CONFIG)
     if not is_first_process():
         return 0
     report = compare(run, again)

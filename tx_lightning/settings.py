@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.runs import shown
 from tx_lightning.trust import Trust
-from tx_lightning.walking import Approved, SettingsError, TooMuch, Walk
+from tx_lightning.walking import Approved, SettingsError, TooMuch, Walk, read_yaml
 
 
 def approve_task(settings: Any, trust: Trust, where: str) -> Approved:
@@ -58,7 +58,7 @@ def check_run(config: Path, trust: Trust) -> Approved:
         ConfigurationError: It names something that may not be built, or is no configuration.
     """
     try:
-        sections = yaml.safe_load(config.read_text(encoding="utf-8"))
+        sections = read_yaml(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{shown(config)} is not YAML: {reason}") from error

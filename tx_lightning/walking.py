@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 from jsonargparse._parameter_resolvers import ParamData
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -329,10 +330,20 @@ def _is_key(key: Any) -> bool:
     return isinstance(key, str) and key.isidentifier()
 
 
+def read_yaml(text: str) -> Any:
+    """Read YAML as the parser does, to the last tab: nothing else may be checked than is built.
+
+    Raises:
+        yaml.YAMLError: It is none.
+    """
+    loader: Any = get_yaml_default_loader()  # type: ignore[no-untyped-call]
+    return yaml.load(text, Loader=loader)  # noqa: S506  # a safe one
+
+
 def _loaded(text: str) -> Any:
     """What the parser would read a text as."""
     try:
-        return yaml.safe_load(text)
+        return read_yaml(text)
     except (yaml.YAMLError, ValueError):
         return text
     except RecursionError:
