@@ -14,6 +14,7 @@ from torch import Tensor
 from tests.stand_ins import TinyTask
 from tx_lightning import checkpoints
 from tx_lightning.checkpoints import AtomicCheckpointIO, CheckpointError, Rebuildable
+from tx_lightning.rebuilding import saved_location
 
 SETTINGS = {"class_path": "tests.stand_ins.TinyTask", "init_args": {"vocab_size": 6, "dim": 2}}
 
@@ -221,8 +222,8 @@ def test_nothing_is_unpickled_whatever_the_environment_says(
 
 def test_tensors_go_where_they_were_saved_if_there_is_such_a_device() -> None:
     storage = torch.zeros(2).untyped_storage()
-    assert checkpoints.saved_location(storage, "cpu") is None
+    assert saved_location(storage, "cpu") is None
     if not torch.cuda.is_available():
-        there = checkpoints.saved_location(storage, "cuda:0")
+        there = saved_location(storage, "cuda:0")
         assert there is not None
         assert there.device.type == "cpu"

@@ -49,6 +49,7 @@ FILES = {
     "loggers",
     "places",
     "provenance",
+    "rebuilding",
     "runs",
     "settings",
     "trust",
@@ -66,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     **dict.fromkeys(FILES, FILES | {"described"}),
     "sharding": set(),
-    "tasks": PARTS | {"checkpoints", "described", "sharding", "trust"},
+    "tasks": PARTS | {"checkpoints", "described", "rebuilding", "sharding", "trust"},
     "callbacks": PARTS | FILES | {"tasks"},
     "weights": {"nn", "models", "data"} | FILES,  # tasks are named by their class path
 }

@@ -390,6 +390,7 @@ def test_what_load_from_checkpoint_refuses(trained: tuple[Translation, Path]) ->
         (Translation, {"label_smoothing": 2.0}, "task cannot be built: label_smoothing=2.0 must"),
         (Translation, {"hparams_file": "a.yaml"}, "hparams_file: a checkpoint has all settings"),
         (Translation, {"weights_only": False}, "weights_only=False"),
+        (Translation, {"checkpoint_path": io.BytesIO()}, "checkpoint_path: give the name of a"),
         (
             Translation,
             {"network": partial(EncoderDecoder, **{**PAIR, "n_encoder_layers": 2})},
@@ -398,8 +399,10 @@ def test_what_load_from_checkpoint_refuses(trained: tuple[Translation, Path]) ->
     ]
     for kind, options, says in refused:
         with pytest.raises(ValueError, match=says) as caught:
-            kind.load_from_checkpoint(path, **options)
+            kind.load_from_checkpoint(**{"checkpoint_path": path, **options})
         assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="cannot be called on an instance"):
+        trained[0].load_from_checkpoint(path)
 
 
 def test_load_from_checkpoint_need_not_be_strict(trained: tuple[Translation, Path]) -> None:

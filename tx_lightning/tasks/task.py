@@ -14,22 +14,18 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
 
-from tx_lightning.checkpoints import (
-    NOTHING,
-    checkpoint_record,
-    described_settings,
-    rebuild,
-    saved_location,
-)
+from tx_lightning.checkpoints import NOTHING, checkpoint_record
 from tx_lightning.data.batches import Batch
 from tx_lightning.data.tokenizers import Tokenizer, Tokenizers, check_rows
 from tx_lightning.described import Described
 from tx_lightning.losses import TokenLoss
+from tx_lightning.rebuilding import described_settings, rebuild, saved_location
 from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.steps import (
     check_states,
@@ -194,7 +190,7 @@ class Task(Described, LightningModule, Generic[B]):
             self.network, self.optimizer, self.scheduler, layer_decay=self.layer_decay
         )
 
-    @classmethod
+    @_restricted_classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls: type[T],
         checkpoint_path: str | Path,
@@ -221,6 +217,8 @@ class Task(Described, LightningModule, Generic[B]):
         Raises:
             ValueError: When the file is refused, or an argument.
         """
+        if not isinstance(checkpoint_path, str | Path):
+            raise ValueError("checkpoint_path: give the name of a file")
         if hparams_file is not None:
             raise ValueError("hparams_file: a checkpoint has all settings; give what is to change")
         if weights_only is False:
