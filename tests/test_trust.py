@@ -25,7 +25,7 @@ from tx_lightning.places import parameters_of
 from tx_lightning.settings import approve_run, approve_task, packages_of
 from tx_lightning.tasks import Classification, Task, Translation
 from tx_lightning.trust import FUNCTIONS, NO_TRUST, take_trust
-from tx_lightning.walking import Approved, SettingsError
+from tx_lightning.walking import Approved, SettingsError, Walk
 
 FORMAT_1 = Path(__file__).parent / "formats" / "format-1.ckpt"
 TURNS = 20  # as many as there are schedules
@@ -39,7 +39,8 @@ def _stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     Path(f"{EVIL}.py").write_text(f"open({PWNED!r}, 'w').close()\n\nclass Anything:\n    pass\n")
-    Path("evil.yaml").write_text(yaml.safe_dump(spec("os.system", **COMMAND)))
+    for name in ("evil.yaml", "evil"):
+        Path(name).write_text(yaml.safe_dump(spec(f"{EVIL}.Anything")))
     path = list(sys.path)
     yield
     sys.path[:] = path
@@ -165,6 +166,9 @@ def test_every_place_of_the_configuration_of_a_run_does() -> None:
         ({"anything": spec("os.system")}, "os.system"),
         ({"trainer": spec("os.system")}, "os.system"),
         ({"model": "os.system"}, "os.system"),
+        ({"trainer": "evil.yaml"}, "evil.yaml"),
+        ({"trainer": {"strategy": "evil"}}, "'evil' is a file, which would be read"),
+        ({"trainer": {"callbacks": "evil"}}, "'evil' is a file, which would be read"),
         ([spec("os.system")], "sections"),
     ],
 )
@@ -230,6 +234,35 @@ def test_no_verb_runs_what_the_configuration_of_a_run_names(
     assert line.startswith(
         "error: run/config.yaml: trainer.callbacks.0.on_fit_start: os.getcwd may not be named"
     )
+
+
+def run_with_a_file(folder: Path) -> Path:
+    """The folder of a run whose strategy is the name of a file in it."""
+    run = folder / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    Path("evil").rename(run / "evil")
+    sections = {
+        "data": DATA,
+        "model": {"class_path": "tx_lightning.tasks.Translation"},
+        "trainer": {"strategy": "evil"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(sections))
+    return run
+
+
+@pytest.mark.parametrize("walk", ["walk", "no walk"])
+def test_a_file_beside_the_configuration_of_a_run_is_not_read(
+    walk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is looked for there; nor could it do anything if the walk did not know that."""
+    run = run_with_a_file(tmp_path)
+    says = "trainer.strategy: 'evil' is a file, which would be read"
+    if walk == "no walk":
+        monkeypatch.setattr(Walk, "_is_file", lambda walk, text: False)
+        says = f"{EVIL}.Anything is nothing that it may import"
+    assert main(["fit", "--resume", str(run)]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
 
 
 # Consent

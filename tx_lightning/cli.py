@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +99,8 @@ class CommandLine(LightningCLI):
         self.resumed: Path | None = None
         self.checkpoint: Path | None = None
         self._recorded: Approved | None = None  # the model section of the checkpoint
-        self._texts: frozenset[str] = frozenset()  # of files of others, which name no class
+        self._texts: frozenset[str] = frozenset()  # in the checkpoint, which name no class
+        self._approved: Approved | None = None  # a configuration of others
         self._undescribed: dict[str, str] = {}
         super().__init__(
             LightningModule,
@@ -200,7 +202,7 @@ class CommandLine(LightningCLI):
         assert isinstance(args, list)
         words = self._with_resumed_run(args)
         if self.foreign is not None:
-            self._check_foreign(self.foreign)
+            self._approved = check_run(self.foreign, self.trust)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
             self.checkpoint = Path(str(values["ckpt_path"]))
@@ -240,14 +242,6 @@ class CommandLine(LightningCLI):
         rest = without_option(words[1:], "resume")
         return ["fit", "--config", str(config), *rest]
 
-    def _check_foreign(self, config: Path) -> None:
-        """Refuse a configuration of others that names what may not be built."""
-        approved = check_run(config, self.trust)
-        self._texts |= approved.texts
-        with only(approved, shown(config)), contextlib.suppress(ArgumentError):
-            # Alone, where the parser can import nothing else; its errors are told later.
-            self._parser(self.verb).parse_object(approved.settings)
-
     def _read_recorded(self, path: Path, *, own_model: bool) -> None:
         """Take the model section of a checkpoint, once it is found harmless."""
         checkpoint = read_checkpoint(path, lazily=True)
@@ -271,8 +265,16 @@ class CommandLine(LightningCLI):
             )
 
     def _guarded(self) -> contextlib.AbstractContextManager[None]:
-        """In this context the parser imports nothing that is mere text in a file of others."""
-        return all_but(self._texts, "a file of another run")
+        """In this context the parser imports nothing that a file of others should not lead to.
+
+        Beside a configuration of others it imports only what was approved there and what the user's
+        words name; beside a checkpoint anything but what is mere text in that.
+        """
+        if self._approved is not None:
+            recorded = frozenset() if self._recorded is None else self._recorded.names
+            names = self._approved.names | recorded
+            return only(replace(self._approved, names=names), "a configuration of others")
+        return all_but(self._texts, "a checkpoint of others")
 
     def _check_trust_and_loading(self) -> None:
         """Refuse in files what belongs on the command line, and loading that would run code."""

@@ -32,18 +32,19 @@ def approve_task(settings: Any, trust: Trust, where: str) -> Approved:
     return walk.finish(lambda: walk.value(settings, (LightningModule,), "task"), where)
 
 
-def approve_run(sections: Any, trust: Trust, where: str) -> Approved:
+def approve_run(sections: Any, trust: Trust, where: str, folder: Path | None = None) -> Approved:
     """Check the configuration of a run: model, data, trainer, and all that belongs to these.
 
     Args:
         sections: The content of config.yaml.
         trust: The user's consent.
         where: The file, for errors.
+        folder: Where it is: texts in it may be the names of files there.
 
     Raises:
         SettingsError: It names something that may not be built, or is no configuration.
     """
-    walk = Walk(trust)
+    walk = Walk(trust, folder)
     return walk.finish(lambda: walk.sections(sections), where)
 
 
@@ -63,7 +64,7 @@ def check_run(config: Path, trust: Trust) -> Approved:
         reason = " ".join(str(error).split())
         raise ConfigurationError(f"{shown(config)} is not YAML: {reason}") from error
     try:
-        return approve_run(sections, trust, shown(config))
+        return approve_run(sections, trust, shown(config), config.parent)
     except SettingsError as error:
         raise ConfigurationError(str(error)) from None
 

@@ -60,10 +60,16 @@ class TooMuch(Exception):
 
 
 class Walk:
-    """One pass over a tree. It collects what is wrong and goes on, so that an error names all."""
+    """One pass over a tree. It collects what is wrong and goes on, so that an error names all.
 
-    def __init__(self, trust: Trust) -> None:
+    Args:
+        trust: The user's consent.
+        folder: That of the file, beside which the parser looks for others.
+    """
+
+    def __init__(self, trust: Trust, folder: Path | None = None) -> None:
         self.trust = trust
+        self.folder = Path() if folder is None else folder
         self.names: set[str] = set()
         self.texts: set[str] = set()
         self.forbidden: list[str] = []
@@ -98,8 +104,10 @@ class Walk:
                 checked[key] = self.value(value, (LightningModule,), key)
             elif key == "data":
                 checked[key] = self.value(value, (LightningDataModule,), key)
-            elif key == "trainer" and isinstance(value, Mapping):
+            elif key == "trainer" and isinstance(value, Mapping | None):
                 checked[key] = self._arguments(value, trainer, key, 0, defaults)
+            elif key == "trainer":
+                self.forbidden.append(f"trainer: {_shown(value)}: only arguments may be here")
             elif key == "config":
                 self.forbidden.append(f"config: {_shown(value)}: a file may not name another one")
             elif _is_key(key):
@@ -150,9 +158,12 @@ class Walk:
 
     def _text(self, text: str, place: Place, at: str, depth: int, defaults: frozenset[str]) -> Any:
         """Check a text: it may name a class, or be read as a tree or as the name of a file."""
+        if is_dotted(text) and place.named:
+            return self._named(text, place, at, depth, defaults)
+        if place.loaded and self._is_file(text):
+            self.forbidden.append(f"{at}: {_shown(text)} is a file, which would be read")
+            return None
         if is_dotted(text):
-            if place.named:
-                return self._named(text, place, at, depth, defaults)
             if not (place.text or place.anything):
                 self._mistake(at, f"{text} is nothing that may be here")
                 return None
@@ -162,7 +173,7 @@ class Walk:
             return text
         read = _loaded(text)
         tree = isinstance(read, Mapping | list | tuple | set)
-        if place.module or tree or (place.loaded and _is_file(text)):
+        if place.module or tree:
             self.forbidden.append(f"{at}: {_shown(text)} would be read as more than a text")
             return None
         if isinstance(read, str) and not (place.text or place.anything):
@@ -310,6 +321,12 @@ class Walk:
             for number, value in enumerate(tree):
                 self._scan(value, f"{at}.{number}", depth + 1)
 
+    def _is_file(self, text: str) -> bool:
+        try:
+            return Path(text).is_file() or (self.folder / text).is_file()
+        except (OSError, ValueError):
+            return False
+
     def _mistake(self, at: str, what: str) -> None:
         self.mistakes.append(f"{at}: {what}")
 
@@ -348,13 +365,6 @@ def _loaded(text: str) -> Any:
         return text
     except RecursionError:
         return []
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):
-        return False
 
 
 def _shown(value: Any) -> str:
