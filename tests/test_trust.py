@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from tests import forging
 from tests.forging import COMMAND, EVIL, PAYLOADS, PWNED, Grower, Path_, Spot, forged, put, spec
 from tx_lightning import building
+from tx_lightning.__main__ import VERBS as COMMANDS
 from tx_lightning.__main__ import main
 from tx_lightning.building import all_but, build, only, try_parsing
 from tx_lightning.checkpoints import CheckpointError, load_task, read_checkpoint
@@ -26,6 +27,8 @@ from tx_lightning.settings import approve_run, approve_task, packages_of
 from tx_lightning.tasks import Classification, Task, Translation
 from tx_lightning.trust import FUNCTIONS, NO_TRUST, take_trust
 from tx_lightning.walking import Approved, SettingsError, Walk
+from tx_lightning.weights.errors import WeightsError
+from tx_lightning.weights.importing import build_task
 
 FORMAT_1 = Path(__file__).parent / "formats" / "format-1.ckpt"
 TURNS = 20  # as many as there are schedules
@@ -356,6 +359,22 @@ def test_consent_comes_from_the_command_line_alone(capsys: pytest.CaptureFixture
     words = ["test", "--config", "data.yaml", "--ckpt_path", str(FORMAT_1)]
     assert main(words) == 2
     assert "trust: no file can give consent; say --trust PACKAGE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [v for v in COMMANDS if v not in ("validate", "predict")])
+def test_every_verb_takes_consent(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    assert "--trust" in capsys.readouterr().out
+
+
+def test_what_is_imported_is_built_by_the_same_rule(own: str) -> None:
+    tree = read_checkpoint(FORMAT_1)["tx_lightning"]["task"]
+    with pytest.raises(WeightsError, match="os.system may not be named in a file"):
+        build_task(put(tree, ("init_args", "network"), spec("os.system", **COMMAND)))
+    named = put(tree, ("init_args", "network", "class_path"), f"{own}.nets.Net")
+    with pytest.raises(WeightsError, match=f"add --trust {own}"):
+        build_task(named)
+    assert isinstance(build_task(named, trust=own), Translation)
 
 
 def test_a_run_says_what_consent_it_will_need() -> None:
