@@ -1,5 +1,6 @@
 """The command line from words to files, with a task and data of a few rows."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from tests import wandb_file
@@ -447,8 +449,17 @@ def test_a_checkpoint_that_lightning_cannot_restore_is_one_line(
 
 
 def test_checkpoints_are_always_read_without_code(
-    base: str, capsys: pytest.CaptureFixture[str]
+    base: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked: list[Any] = []
+
+    @functools.wraps(Trainer.validate)
+    def validate(trainer: Trainer, **options: Any) -> None:
+        asked.append(options["weights_only"])
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    assert main(["validate", "--config", base]) == 0
+    assert asked == [True]
     assert main(["fit", "--config", base, "--weights_only", "false"]) == 2
     assert "weights_only=false: checkpoints hold nothing" in capsys.readouterr().err
 

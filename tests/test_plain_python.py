@@ -299,6 +299,18 @@ def test_the_verbs_take_the_checkpoint_of_a_plain_training(
     assert main(["export", "averaged.ckpt", "folder"]) in (0, 1)
 
 
+def test_an_optimizer_state_that_does_not_fit_is_refused_before_a_kernel_gets_it(
+    trained: tuple[Translation, Path], tmp_path: Path
+) -> None:
+    checkpoint = read_checkpoint(trained[1])
+    checkpoint["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(2)
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    task = Translation(400, partial(EncoderDecoder, **PAIR))
+    trainer = make_trainer(max_steps=3, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=r"optimizer state exp_avg .* is \(2,\): it does not fit"):
+        trainer.fit(task, data(), ckpt_path=tmp_path / "bad.ckpt")
+
+
 class Modes(Callback):
     """Notes which modules train while a batch is trained on."""
 
