@@ -88,8 +88,8 @@ class Trust:
                 )
             if _is_python(word):
                 raise ConfigurationError(
-                    f"--{OPTION} {word}: this is a part of Python itself, and nothing that a model "
-                    "is made of; a file must not call it"
+                    f"--{OPTION} {word}: this is part of Python's own library, which a file must "
+                    "never call"
                 )
         return cls(tuple(dict.fromkeys(words)))
 
@@ -136,7 +136,7 @@ class Trust:
         if self.covers(home) or name in self.names or name in self.packages:
             return
         if _is_python(home) or _below(home, _CLOSED):
-            raise ForbiddenName(f"{name} may not be named in a file: models are not made of it")
+            raise ForbiddenName(f"{name} may not be named in a file: it is no part of a model")
         raise ForeignName(name, package_of(home))
 
 
