@@ -125,9 +125,9 @@ def test_damaged_bytes(tmp_path: Path) -> None:
     assert not refused(tmp_path / "a.ckpt", content)
     n_refused = sum(
         refused(tmp_path / "a.ckpt", damaged(content, rng), lazily=number % 2 == 0)
-        for number in range(700)
+        for number in range(500)
     )
-    assert n_refused > 450
+    assert n_refused > 330
 
 
 def test_damaged_members_of_the_archive(tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_damaged_members_of_the_archive(tmp_path: Path) -> None:
 
     n_refused = sum(
         refused(tmp_path / "a.ckpt", repacked(content, change, packed=number % 3 == 0))
-        for number in range(700)
+        for number in range(500)
     )
-    assert n_refused > 450
+    assert n_refused > 330
 
 
 def junk() -> Iterator[bytes]:
@@ -221,9 +221,9 @@ def test_wrong_types_everywhere(tmp_path: Path) -> None:
     found = {
         at: sum(
             refused(tmp_path / "a.ckpt", saved(with_value(tree, at, value)))
-            for value in (*WRONG, places)
+            for value in ((*WRONG, places) if len(at) < 3 else WRONG[number % 3 :: 3])
         )
-        for at in places(tree)
+        for number, at in enumerate(places(tree))
     }
     assert len(found) > 50
     for name in ("state_dict", "global_step"):
