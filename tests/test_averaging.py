@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ from torch import Tensor
 from tx_lightning.averaging import (
     average_checkpoints,
     best_checkpoints,
+    distinct_checkpoints,
     last_checkpoints,
     main,
 )
-from tx_lightning.checkpoints import CheckpointError, checkpoint_record
+from tx_lightning.checkpoints import CheckpointError, checkpoint_record, require_finite
 from tx_lightning.errors import ConfigurationError
 
-SETTINGS = {"class_path": "a.Task", "init_args": {"width": 2}}
+SETTINGS = {"class_path": "tx_lightning.tasks.Translation", "init_args": {"vocab_size": 2}}
 
 
 def save(
@@ -93,7 +95,7 @@ def test_what_else_is_in_the_file(tmp_path: Path) -> None:
     ("other", "message"),
     [
         (
-            {"settings": {"class_path": "a.Task", "init_args": {"width": 3}}},
+            {"settings": {**SETTINGS, "init_args": {"vocab_size": 3}}},
             "settings of the model",
         ),
         ({"vocabulary": "{x}"}, "the tokenizers"),
@@ -180,3 +182,116 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_command_is_refused(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         main([str(tmp_path), *words])
+
+
+def equal_weights(path: Path, *steps: int) -> bool:
+    """Whether a file is the mean of those steps' weights, each once."""
+    mean = torch.tensor([sum(steps) / len(steps), 1.0])
+    return torch.equal(load(path)["state_dict"]["weight"], mean)
+
+
+def test_no_file_counts_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`average RUN/checkpoints/*.ckpt`, again and again."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 6):
+        save(folder, step)
+    save(folder, 6, name="last.ckpt")
+    for _ in range(3):
+        files = sorted(str(path) for path in folder.glob("*.ckpt"))
+        assert main(files) == 0
+        assert equal_weights(folder / "averaged.ckpt", 1, 2, 6)
+    said = capsys.readouterr().err
+    assert f"left out {folder}/step=6.ckpt: it has the weights of {folder}/last.ckpt\n" in said
+    assert f"left out {folder}/averaged.ckpt: it is an average of {folder}/last.ckpt, " in said
+    # An average of averages is one of their parts too.
+    assert main([str(folder / "averaged.ckpt"), f"--output={tmp_path}/again.ckpt"]) == 0
+    one, two = str(tmp_path / "again.ckpt"), str(folder / "averaged.ckpt")
+    assert main([one, two, f"--output={tmp_path}/both.ckpt"]) == 0
+    assert equal_weights(tmp_path / "both.ckpt", 1, 2, 6)
+
+
+def test_averages_of_different_runs_can_be_averaged(tmp_path: Path) -> None:
+    """Their parts have the same names, but are others."""
+    for name, steps in (("a", (1, 3)), ("b", (5, 7))):
+        for number, step in enumerate(steps):
+            save(tmp_path / name, step, name=f"{number}.ckpt")
+        assert main([str(tmp_path / name)]) == 0
+    averages = [str(tmp_path / name / "averaged.ckpt") for name in "ab"]
+    assert main([*averages, f"--output={tmp_path}/both.ckpt"]) == 0
+    assert equal_weights(tmp_path / "both.ckpt", 1, 3, 5, 7)
+    mixed = [str(tmp_path / "a" / "0.ckpt"), averages[1], f"--output={tmp_path}/mixed.ckpt"]
+    assert main(mixed) == 0
+    assert equal_weights(tmp_path / "mixed.ckpt", 1, 6)
+
+
+def test_an_older_average_is_known_by_the_names_of_its_parts(tmp_path: Path) -> None:
+    paths = [save(tmp_path, step) for step in (1, 3)]
+    average_checkpoints(paths, tmp_path / "averaged.ckpt")
+    old = load(tmp_path / "averaged.ckpt")
+    del old["averaged_weights"]
+    torch.save(old, tmp_path / "averaged.ckpt")
+    kept, left_out = distinct_checkpoints([*paths, tmp_path / "averaged.ckpt"])
+    assert kept == paths
+    assert len(left_out) == 1
+
+
+@pytest.mark.parametrize("way", ["same", "relative", "link", "hard link", "folder link"])
+def test_an_input_is_not_written_over(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [save(tmp_path / "run", step) for step in (1, 3)]
+    before = paths[0].read_bytes()
+    output = {
+        "same": paths[0],
+        "relative": Path("run/../run/step=1.ckpt"),
+        "link": tmp_path / "link.ckpt",
+        "hard link": tmp_path / "hard.ckpt",
+        "folder link": tmp_path / "other" / "step=1.ckpt",
+    }[way]
+    (tmp_path / "link.ckpt").symlink_to(paths[0])
+    os.link(paths[0], tmp_path / "hard.ckpt")
+    (tmp_path / "other").symlink_to(tmp_path / "run")
+    for inputs in (map(str, paths), [str(tmp_path / "run")]):
+        with pytest.raises(CheckpointError, match="is one of the checkpoints to average"):
+            main([*inputs, "--output", str(output)])
+    with pytest.raises(CheckpointError, match="is one of the checkpoints to average"):
+        average_checkpoints(paths, output)
+    assert paths[0].read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_diverged_are_named(value: float, tmp_path: Path) -> None:
+    worse = torch.tensor([1.0, value])
+    paths = [
+        save(tmp_path, 1, fine=torch.ones(2), worse=torch.ones(2)),
+        save(tmp_path, 2, fine=torch.ones(2), worse=worse),
+    ]
+    with pytest.raises(
+        CheckpointError, match=r"step=2\.ckpt: worse has 1 of 2 values that are not finite"
+    ):
+        main([*map(str, paths), f"--output={tmp_path}/mean.ckpt"])
+    assert not (tmp_path / "mean.ckpt").exists()
+    require_finite({"text": "nan", "count": torch.tensor(3), "fine": torch.ones(2)}, "it")
+    with pytest.raises(CheckpointError, match="it: weight holds nan or infinity"):
+        require_finite({"weight": torch.tensor(value).bfloat16()}, "it")
+
+
+def test_nan_is_never_best(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nan = float("nan")
+    for step, loss in ((1, 0.9), (2, nan), (3, 0.5), (4, nan), (5, float("inf"))):
+        save(tmp_path, step, metrics={"val/loss": loss})
+    assert [path.stem for path in best_checkpoints(tmp_path, 9, "val/loss")] == ["step=3", "step=1"]
+    assert [path.stem for path in last_checkpoints(tmp_path, 9)] == ["step=1", "step=3", "step=5"]
+    assert "step=2.ckpt: its val/loss is nan" in capsys.readouterr().err
+
+
+def test_a_folder_has_to_be_alone(tmp_path: Path) -> None:
+    path = save(tmp_path / "run", 1)
+    for words in ([str(tmp_path / "run"), str(path)], [str(tmp_path / "run")] * 2):
+        with pytest.raises(ConfigurationError, match="is a folder, so it has to be alone"):
+            main(words)
+    with pytest.raises(CheckpointError, match="is a folder"):
+        main([str(path), str(tmp_path / "run")])
+    with pytest.raises(ConfigurationError, match="--metric val/loss says what --best goes by"):
+        main([str(tmp_path / "run"), "--metric", "val/loss"])

@@ -5,6 +5,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from tests.stand_ins import TinyTask
 from tx_lightning import checkpoints
 from tx_lightning.checkpoints import AtomicCheckpointIO, CheckpointError, Rebuildable
+from tx_lightning.rebuilding import saved_location
 
 SETTINGS = {"class_path": "tests.stand_ins.TinyTask", "init_args": {"vocab_size": 6, "dim": 2}}
 
@@ -48,7 +50,7 @@ def small_disk() -> Iterator[None]:
 
 
 def test_a_task_is_rebuilt_from_the_file_alone(file: Path) -> None:
-    task = checkpoints.load_task(file)
+    task = checkpoints.load_task(file, trust="tests")
     assert isinstance(task, TinyTask)
     assert task.layer.in_features == 2
     assert task.settings == SETTINGS
@@ -128,7 +130,7 @@ def test_what_is_missing_to_rebuild_a_task_is_said(
     record = checkpoints.checkpoint_record(settings, tokenizers)
     torch.save(checkpoint(tx_lightning=record), path)
     with pytest.raises(CheckpointError, match=says) as caught:
-        checkpoints.load_task(path)
+        checkpoints.load_task(path, trust="tests")
     assert "\n" not in str(caught.value)
 
 
@@ -215,3 +217,27 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path) -> None:
     assert pipe.is_fifo()
     assert folder.is_dir()
     assert {entry.name for entry in tmp_path.iterdir()} == {"pipe", "folder"}
+
+
+def test_nothing_is_unpickled_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = tmp_path / "objects.ckpt"
+    torch.save({**checkpoint(), "path": path}, path)
+    with pytest.raises(CheckpointError, match="holds Python objects"):
+        checkpoints.read_checkpoint(path)
+    for weights_only in (None, True):
+        with pytest.raises(UnpicklingError, match="Weights only load failed"):
+            AtomicCheckpointIO().load_checkpoint(path, weights_only=weights_only)
+    with pytest.raises(ValueError, match="weights_only=False"):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+
+
+def test_tensors_go_where_they_were_saved_if_there_is_such_a_device() -> None:
+    storage = torch.zeros(2).untyped_storage()
+    assert saved_location(storage, "cpu") is None
+    if not torch.cuda.is_available():
+        there = saved_location(storage, "cuda:0")
+        assert there is not None
+        assert there.device.type == "cpu"

@@ -1,5 +1,6 @@
 """The command line from words to files, with a task and data of a few rows."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from tests import wandb_file
@@ -34,6 +36,7 @@ BASE = {
         "enable_model_summary": False,
     },
 }
+TRUST = ["--trust", "tests"]
 MID_EPOCH = "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 
 
@@ -83,7 +86,7 @@ def test_a_run_has_a_folder_with_all_it_takes_to_repeat_it(base: str) -> None:
 def test_a_checkpoint_is_enough_to_rebuild_the_task(base: str) -> None:
     assert main(["fit", "--config", base]) == 0
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")
-    task = load_task(checkpoint)
+    task = load_task(checkpoint, trust="tests")
     assert isinstance(task, TinyTask)
     assert task.settings == {
         "class_path": "tests.stand_ins.TinyTask",
@@ -146,7 +149,7 @@ def test_a_run_goes_on_where_it_ended(base: str) -> None:
     assert main(["fit", "--config", base, "--name", "whole", "--trainer.max_epochs", "3"]) == 0
     assert main(["fit", "--config", base]) == 0
     folder = only_run()
-    assert main(["fit", "--resume", str(folder), "--trainer.max_epochs", "3"]) == 0
+    assert main(["fit", "--resume", str(folder), *TRUST, "--trainer.max_epochs", "3"]) == 0
     assert list(Path("runs/tiny").iterdir()) == [folder]
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [10, 20, 30]
     (whole,) = only_run("whole").glob("checkpoints/*.ckpt")
@@ -168,7 +171,7 @@ def test_a_signal_saves_at_the_step_boundary_and_says_how_to_go_on(
     folder = only_run()
     interrupted = folder / "checkpoints" / "interrupted.ckpt"
     assert read_checkpoint(interrupted)["global_step"] == 7  # 13 batches began: 14 are done
-    go_on = f"to go on: tx-lightning fit --resume {folder}"
+    go_on = f"to go on: tx-lightning fit --resume {folder} --trust tests"
     assert go_on in capsys.readouterr().err
 
     assert main(go_on.split()[4:]) == 0
@@ -185,7 +188,7 @@ def test_a_run_stopped_after_its_last_step_does_what_comes_at_the_end(base: str)
     (last,) = only_run().glob("checkpoints/*.ckpt")
     interrupted = last.with_name("interrupted.ckpt")
     interrupted.write_bytes(last.read_bytes())
-    assert main(["fit", "--resume", str(only_run())]) == 0
+    assert main(["fit", "--resume", str(only_run()), *TRUST]) == 0
     assert not interrupted.exists()
 
 
@@ -216,7 +219,7 @@ def test_a_run_is_not_started_again_over_damaged_checkpoints(
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     capsys.readouterr()
-    assert main(["fit", "--resume", str(only_run())]) == 1
+    assert main(["fit", "--resume", str(only_run()), *TRUST]) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: none of the 1 checkpoints in")
     assert main(["fit", "--resume", "runs"]) == 2
@@ -228,7 +231,7 @@ def test_the_model_section_may_come_from_the_checkpoint(
     assert main(["fit", "--config", base, "--model.dim", "4"]) == 0
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")
     data = config("data", **{key: value for key, value in BASE.items() if key != "model"})
-    words = ["test", "--config", data, "--ckpt_path", str(checkpoint)]
+    words = ["test", "--config", data, "--ckpt_path", str(checkpoint), *TRUST]
     capsys.readouterr()
     assert main(words) == 0
     assert f"model section: from checkpoint {checkpoint}" in capsys.readouterr().out
@@ -412,3 +415,65 @@ def test_options_cannot_be_abbreviated(base: str, capsys: pytest.CaptureFixture[
     """What is read ahead of the parser, as --ckpt_path and --resume, has one spelling."""
     assert main(["test", "--config", base, "--ckpt", base]) == 2
     assert "there is no 'ckpt' (did you mean 'ckpt_path'?)" in capsys.readouterr().err
+
+
+def test_training_does_not_go_on_from_weights_alone(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", base]) == 0
+    (path,) = only_run().glob("checkpoints/*.ckpt")
+    assert main(["average", str(path), "--output", "averaged.ckpt", *TRUST]) == 0
+    capsys.readouterr()
+    assert main(["fit", "--config", base, "--ckpt_path", "averaged.ckpt"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "averaged.ckpt holds weights alone" in line
+    assert line.endswith("start from them with --pretrained averaged.ckpt")
+    assert main(["test", "--config", base, "--ckpt_path", "averaged.ckpt"]) == 0
+
+
+def test_a_checkpoint_that_lightning_cannot_restore_is_one_line(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", "--config", base]) == 0
+    (path,) = only_run().glob("checkpoints/*.ckpt")
+    checkpoint = read_checkpoint(path)
+    words = ["fit", "--config", base, "--ckpt_path", str(path), "--trainer.max_epochs", "3"]
+    states: list[dict[str, Any]] = [{"state": {}}, {"state": {}, "param_groups": []}]
+    for state in states:
+        torch.save({**checkpoint, "optimizer_states": [state]}, path)
+        capsys.readouterr()
+        assert main(words) == 1
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: checkpoint {path} cannot be restored: ")
+
+
+def test_checkpoints_are_always_read_without_code(
+    base: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    @functools.wraps(Trainer.validate)
+    def validate(trainer: Trainer, **options: Any) -> None:
+        asked.append(options["weights_only"])
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+    assert main(["validate", "--config", base]) == 0
+    assert asked == [True]
+    assert main(["fit", "--config", base, "--weights_only", "false"]) == 2
+    assert "weights_only=false: checkpoints hold nothing" in capsys.readouterr().err
+
+
+def test_consent_is_needed_where_a_file_names_the_classes(
+    base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not where the user's own configuration does."""
+    assert main(["fit", "--config", base]) == 0
+    said = capsys.readouterr().out
+    folder = only_run()
+    assert f"go on with: tx-lightning fit --resume {folder} --trust tests\n" in said
+    assert main(["fit", "--resume", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}/config.yaml names code that is not part of tx_light")
+    assert "tests.stand_ins.TinyTask (model), tests.stand_ins.TinyData (data)" in line
+    (path,) = folder.glob("checkpoints/*.ckpt")
+    assert main(["test", "--config", base, "--ckpt_path", str(path)]) == 0

@@ -11,7 +11,7 @@ import yaml
 
 from tests.test_every_task import configuration
 from tx_lightning.checkpoints import FORMAT, RECORD, load_task, read_checkpoint, write_atomically
-from tx_lightning.cli import CommandLine
+from tx_lightning.cli import CommandLine, process_restored
 from tx_lightning.models import LanguageModel
 from tx_lightning.nn import SinusoidalPositions
 from tx_lightning.tasks import LanguageModeling, Translation
@@ -63,6 +63,7 @@ def test_an_old_language_model_with_sinusoids_computes_what_it_did(tmp_path: Pat
     assert record["format"] == 1
     checkpoint = {
         "state_dict": {f"network.{name}": value for name, value in model.state_dict().items()},
+        "global_step": 1,
         RECORD: {**record, "task": as_format_1(settings)},
     }
     write_atomically(checkpoint, tmp_path / "old.ckpt")
@@ -82,7 +83,8 @@ def test_an_old_run_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
     tree["trainer"]["callbacks"] = None
     Path("task.yaml").write_text(yaml.safe_dump(tree))
     words = ["--config", "task.yaml", key, "SinusoidalPositions"]
-    built = CommandLine([*words, f"{key}.init_args.scale", "1.0", folder, "run"], run=False)
+    with process_restored():
+        built = CommandLine([*words, f"{key}.init_args.scale", "1.0", folder, "run"], run=False)
     config, path = Path("run/config.yaml"), Path("run/checkpoints/last.ckpt")
     settings = yaml.safe_load(config.read_text())
     model = built.model.settings
@@ -92,14 +94,15 @@ def test_an_old_run_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
     state = {"state_dict": built.model.state_dict(), RECORD: record}
     write_atomically({**state, "global_step": 1, "optimizer_states": []}, path)
 
-    CommandLine(["test", "--config", str(config), "--ckpt_path", str(path), folder, "tested"])
-    assert scale_of(Path("tested/config.yaml")) == 1
-    CommandLine(["fit", "--resume", "run", "--model_from", "config"])
-    assert scale_of(config) == 1
-    CommandLine(["fit", "--resume", "run"])  # which agrees with the checkpoint
-    # Weights of an old run bring the scale that they were trained with to another task as well.
-    CommandLine([*words, folder, "started", "--pretrained", str(path)], run=False)
-    assert scale_of(Path("started/config.yaml")) == 1
+    with process_restored():
+        CommandLine(["test", "--config", str(config), "--ckpt_path", str(path), folder, "tested"])
+        assert scale_of(Path("tested/config.yaml")) == 1
+        CommandLine(["fit", "--resume", "run", "--model_from", "config"])
+        assert scale_of(config) == 1
+        CommandLine(["fit", "--resume", "run"])  # which agrees with the checkpoint
+        # Weights of an old run bring the scale that they were trained with to another task as well.
+        CommandLine([*words, folder, "started", "--pretrained", str(path)], run=False)
+        assert scale_of(Path("started/config.yaml")) == 1
 
 
 def scale_of(config: Path) -> float | None:

@@ -54,7 +54,7 @@ def cable() -> Iterator[list[str]]:
 def start(ends: list[str], run: Path, file: Path) -> list[subprocess.Popen[bytes]]:
     """Start the run on both hosts, or go on with it where it has begun."""
     if (run / "config.yaml").is_file():
-        words = ["fit", "--resume", str(run)]
+        words = ["fit", "--resume", str(run), "--trust", "tests"]
     else:
         words = ["fit", "--config", str(file), "--trainer.default_root_dir", str(run)]
         words += ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp"]

@@ -40,9 +40,11 @@ PARTS = {"decoding", "data", "losses", "metrics", "models", "nn", "schedules"}
 # Run folders, checkpoint files, configurations and messages: they know no model and no data.
 FILES = {
     "averaging",
+    "building",
     "checkpoints",
     "configuration",
     "diagnosis",
+    "entries",
     "errors",
     "loggers",
     "metrics_file",
@@ -50,20 +52,26 @@ FILES = {
     "provenance",
     "strict_json",
     "wandb_artifacts",
+    "places",
+    "rebuilding",
+    "settings",
+    "trust",
+    "walking",
     "wandb_files",
     "wandb_settings",
 }
 MAY_IMPORT: dict[str, set[str]] = {
-    "nn": set(),
-    "models": {"nn"},
-    "decoding": set(),
+    "described": set(),  # what objects were built with
+    "nn": {"described"},
+    "models": {"nn", "described"},
+    "decoding": {"described"},
     "data": {"strict_json"},
     "losses": {"nn"},
     "metrics": set(),
     "schedules": set(),
-    **dict.fromkeys(FILES, FILES),
+    **dict.fromkeys(FILES, FILES | {"described"}),
     "sharding": set(),
-    "tasks": PARTS | {"checkpoints", "sharding"},
+    "tasks": PARTS | {"checkpoints", "described", "rebuilding", "sharding", "trust"},
     "callbacks": PARTS | FILES | {"tasks"},
     "weights": {"nn", "models", "data", "decoding"} | FILES,  # tasks are named by their class path
 }

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.test_cli import BASE
+from tests.test_cli import BASE, TRUST
 from tx_lightning import cli
 from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import read_checkpoint
@@ -40,7 +40,7 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def test_the_same_run_comes_out_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", str(run)]) == 0
+    assert main(["reproduce", str(run), *TRUST]) == 0
     *_, metrics, weights, verdict = capsys.readouterr().out.splitlines()
     again = next(folder for folder in run.parent.iterdir() if folder.name != run.name)
     assert metrics == "metrics: 6 values up to step 19, all the same"
@@ -52,7 +52,7 @@ def test_the_same_run_comes_out_the_same(run: Path, capsys: pytest.CaptureFixtur
 def test_another_configuration_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("lr: 0.05", "lr: 0.06"))
-    assert main(["reproduce", str(run)]) == 1
+    assert main(["reproduce", str(run), *TRUST]) == 1
     said = capsys.readouterr().out
     assert "metrics: 2 of 6 values up to step 19 differ, the first at step 9: val/loss was" in said
     assert "weights: 2 of 2 tensors at step 20 differ, layer.weight by up to 0.0" in said
@@ -70,7 +70,7 @@ def test_other_results_of_the_same_inputs_are_no_reproduction(
         checkpoint["state_dict"]["layer.bias"][0], torch.tensor(9.0)
     )
     torch.save(checkpoint, path)
-    assert main(["reproduce", str(run)]) == 1
+    assert main(["reproduce", str(run), *TRUST]) == 1
     said = capsys.readouterr().out
     assert "metrics: 6 values up to step 19, all the same" in said
     assert "weights: 1 of 2 tensors at step 20 differ, layer.bias by up to" in said
@@ -84,7 +84,7 @@ def test_a_metric_that_is_gone_is_a_difference(
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     del rows[0]["val/bleu"]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["reproduce", str(run)]) == 1
+    assert main(["reproduce", str(run), *TRUST]) == 1
     assert "step 9: val/bleu was nothing, is now" in capsys.readouterr().out
 
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_reproduced_is_refused(
     assert main(["reproduce", "empty"]) == 2
     assert capsys.readouterr().err == "error: empty has no config.yaml, so it is no run folder\n"
     checkpoint_of(run).unlink()
-    assert main(["reproduce", str(run)]) == 2
+    assert main(["reproduce", str(run), *TRUST]) == 2
     assert "has no checkpoint of a training run: there is nothing to" in capsys.readouterr().err
     assert main(["reproduce"]) == 2
     assert "The folder of a run of fit." in capsys.readouterr().out
@@ -114,7 +114,7 @@ def test_run_folder_and_checkpoint_say_where_they_come_from(run: Path) -> None:
 def test_a_resumption_with_something_else_is_another_start(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["fit", "--resume", str(run), "--trainer.max_epochs", "3"]
+    words = ["fit", "--resume", str(run), *TRUST, "--trainer.max_epochs", "3"]
     assert main(words) == 0
     assert main(words) == 0
     first, second = read_starts(run)

@@ -50,6 +50,17 @@ def test_a_stopped_job_is_requeued_and_goes_on_where_it_was(tmp_path: Path) -> N
     assert status == 0
 
 
+def test_consent_to_own_classes_is_given_again_after_a_requeue(tmp_path: Path) -> None:
+    run = tmp_path / "runs/slurm/17"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    words = ["--trust", "one", "--config", "a.yaml", "--trust=two.three", "--name", "x"]
+    _, told = submit(tmp_path, 0, *words)
+    sizes = "--trainer.num_nodes 2 --trainer.devices 8"
+    trusted = "--trust one --trust=two.three"
+    assert told == [f"srun tx-lightning fit --resume runs/slurm/17 {trusted} {sizes}"]
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 137, 143])
 def test_other_ends_are_not_requeued(status: int, tmp_path: Path) -> None:
     found, told = submit(tmp_path, status, "--config", "a.yaml")

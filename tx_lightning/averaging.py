@@ -3,24 +3,37 @@
 Vaswani et al. 2017, section 6.1, average the last 5 checkpoints of the base model.
 """
 
-from collections.abc import Sequence
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import Tensor
 
-from tx_lightning.checkpoints import RECORD, CheckpointError, read_checkpoint, write_atomically
+from tx_lightning.checkpoints import (
+    RECORD,
+    CheckpointError,
+    check_settings,
+    read_checkpoint,
+    require_finite,
+    write_atomically,
+)
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError, did_you_mean
 from tx_lightning.loggers import BEST
 from tx_lightning.runs import CHECKPOINTS, shown
+from tx_lightning.trust import HELP, take_trust
 
 AVERAGED = "averaged"  # the entry that says what a checkpoint is the average of
+DIGESTS = "averaged_weights"
 # What training goes on from has no average.
 _DROPPED = {
     "state_dict",
+    "averaged_weights",
     "optimizer_states",
     "lr_schedulers",
     "callbacks",
@@ -40,27 +53,31 @@ def average_checkpoints(paths: Sequence[str | Path], out: str | Path) -> None:
     """Write the mean of the weights of some checkpoints of one model.
 
     Sums are float64; the result has the dtypes, settings and tokenizers of the checkpoints, the
-    step of the newest, and nothing to resume from. `checkpoint["averaged"]` lists files and steps.
+    step of the newest, and nothing to resume from. `checkpoint["averaged"]` lists files and steps,
+    `checkpoint["averaged_weights"]` digests of their weights.
 
     Args:
         paths: The checkpoints, in any order.
-        out: The file to write; its folder is made.
+        out: The file to write, none of them; its folder is made.
 
     Raises:
-        CheckpointError: When there are none, one cannot be read, or they are not of one model:
-            settings, tokenizers, names, shapes and everything that is no float must agree.
+        CheckpointError: When there are none, one cannot be read or has diverged, or they are not of
+            one model: settings, tokenizers, names, shapes and everything that is no float must
+            agree.
     """
     if not paths:
         raise CheckpointError(f"{out}: there are no checkpoints to average")
-    first = newest = read_checkpoint(paths[0])
+    check_output(out, paths)
+    first = newest = _finite(paths[0])
     sums = {name: _as_summand(value) for name, value in first["state_dict"].items()}
-    steps = [first["global_step"]]
+    steps, digests = [first["global_step"]], [digest(first["state_dict"])]
     for path in paths[1:]:
-        checkpoint = read_checkpoint(path)
+        checkpoint = _finite(path)
         _check_same_model(first, checkpoint, paths[0], path)
+        digests.append(digest(checkpoint["state_dict"]))
         for name, value in checkpoint["state_dict"].items():
             if _is_averaged(value):
-                sums[name] += value
+                sums[name] += value.detach()
         steps.append(checkpoint["global_step"])
         if checkpoint["global_step"] > newest["global_step"]:
             newest = checkpoint
@@ -70,13 +87,87 @@ def average_checkpoints(paths: Sequence[str | Path], out: str | Path) -> None:
         for name, value in first["state_dict"].items()
     }
     averaged[AVERAGED] = {"files": [Path(path).name for path in paths], "steps": steps}
+    averaged[DIGESTS] = digests
     write_atomically(averaged, out)
+
+
+def check_output(out: str | Path, paths: Iterable[str | Path]) -> None:
+    """Refuse to write over a checkpoint that is averaged, by whatever name.
+
+    Raises:
+        CheckpointError: The output is one of them.
+    """
+    out = Path(out)
+    for path in map(Path, paths):
+        if out.resolve() == path.resolve() or (
+            out.exists() and path.exists() and out.samefile(path)
+        ):
+            raise CheckpointError(
+                f"{out} is one of the checkpoints to average and would be lost: write to another "
+                "file with --output"
+            )
+
+
+def _finite(path: str | Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    require_finite(checkpoint["state_dict"], f"checkpoint {path}")
+    return checkpoint
+
+
+def digest(weights: Mapping[str, Any]) -> str:
+    """The SHA-256 of weights: equal for equal ones, whatever the file is called."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            flat = value.detach().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def distinct_checkpoints(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Leave out of some checkpoints what would count twice.
+
+    That is a file with the weights of another one, such as last.ckpt, and an average of others
+    that are given as well.
+
+    Returns:
+        Those that are left, in order, and for each of the others a line that says why.
+    """
+    read = [read_checkpoint(path, lazily=True) for path in paths]
+    digests = [digest(checkpoint["state_dict"]) for checkpoint in read]
+    kept: list[Path] = []
+    left_out: list[str] = []
+    for number, (path, checkpoint) in enumerate(zip(paths, read, strict=True)):
+        same = digests.index(digests[number])
+        if same < number:
+            left_out.append(f"{path}: it has the weights of {paths[same]}")
+        elif parts := _parts(number, checkpoint, paths, digests):
+            left_out.append(f"{path}: it is an average of {', '.join(map(str, parts))} already")
+        else:
+            kept.append(path)
+    return kept, left_out
+
+
+def _parts(
+    number: int, checkpoint: Mapping[str, Any], paths: Sequence[Path], digests: Sequence[str]
+) -> list[Path]:
+    """Those of some checkpoints that one of them is an average of."""
+    if AVERAGED not in checkpoint:
+        return []
+    if DIGESTS in checkpoint:
+        of = set(checkpoint[DIGESTS]) - {digests[number]}  # of one file it has the same weights
+        return [other for other, weights in zip(paths, digests, strict=True) if weights in of]
+    # An older average knows the names of its parts alone, which were beside it.
+    path = paths[number]
+    beside = {(path.parent / name).resolve() for name in checkpoint[AVERAGED]["files"]}
+    return [other for other in paths if other != path and other.resolve() in beside]
 
 
 def last_checkpoints(folder: Path, n: int) -> list[Path]:
     """Return the n newest checkpoints in a folder, or all when there are fewer, oldest first.
 
-    Of files of the same step only one counts, and averages do not.
+    Of files of the same step only one counts; averages do not, nor does one with a score of nan.
 
     Args:
         folder: A folder of checkpoints.
@@ -106,7 +197,7 @@ def best_checkpoints(folder: Path, n: int, metric: str = "val/bleu") -> list[Pat
     scored = [
         (sign * metrics[metric], path)
         for _, path, metrics in _candidates(folder)
-        if metric in metrics
+        if math.isfinite(metrics.get(metric, math.nan))
     ]
     return [path for _, path in sorted(scored)[:n]]
 
@@ -119,6 +210,10 @@ def _candidates(folder: Path) -> list[tuple[int, Path, dict[str, float]]]:
         if AVERAGED in checkpoint:
             continue
         step, metrics = checkpoint["global_step"], checkpoint.get("metrics", {})
+        diverged = [name for name, value in metrics.items() if math.isnan(value)]
+        if diverged:
+            print(f"passed over: {shown(path)}: its {diverged[0]} is nan", file=sys.stderr)
+            continue
         if step not in found or (metrics and not found[step][2]):
             found[step] = (step, path, metrics)
     return [found[step] for step in sorted(found)]
@@ -129,7 +224,7 @@ def _is_averaged(value: Any) -> bool:
 
 
 def _as_summand(value: Any) -> Any:
-    return value.to(torch.float64, copy=True) if _is_averaged(value) else value
+    return value.detach().to(torch.float64, copy=True) if _is_averaged(value) else value
 
 
 def _check_same_model(
@@ -169,25 +264,8 @@ def main(words: Sequence[str]) -> int:
     Args:
         words: What follows `average`.
     """
-    parser = ArgumentParser(
-        prog="tx-lightning average", description="Average checkpoints.", exit_on_error=False
-    )
-    parser.add_argument(
-        "paths", type=str, nargs="+", help="A run folder, or the checkpoints to average."
-    )
-    parser.add_argument(
-        "--last", type=int | None, default=None, help="In a run folder, take the last so many: 10."
-    )
-    parser.add_argument(
-        "--best", type=int | None, default=None, help="In a run folder, take the best so many."
-    )
-    parser.add_argument("--metric", type=str, default="val/bleu", help="What --best goes by.")
-    parser.add_argument(
-        "--output",
-        type=str | None,
-        default=None,
-        help="The file to write; averaged.ckpt beside the first checkpoint by default.",
-    )
+    parser = _parser()
+    trust, words = take_trust(words)
     if not words:
         parser.print_help()
         return 2
@@ -195,27 +273,86 @@ def main(words: Sequence[str]) -> int:
         options = parser.parse_args(list(words))
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error), words, parser)) from error
-    paths = [Path(path) for path in options.paths]
-    if options.last is not None and options.best is not None:
-        raise ConfigurationError("--last and --best exclude each other: give one")
-    chosen = [n for n in (options.last, options.best) if n is not None]
-    if chosen and (len(paths) > 1 or not paths[0].is_dir()):
-        raise ConfigurationError("--last and --best choose in a run folder: give one, and no files")
-    if paths[0].is_dir():
-        n = chosen[0] if chosen else 10
-        if n < 1:
-            raise ConfigurationError(f"{n} checkpoints cannot be averaged: give at least 1")
-        below = paths[0] / CHECKPOINTS
-        folder = below if below.is_dir() else paths[0]
-        if options.best is not None:
-            paths = best_checkpoints(folder, n, options.metric)
-        else:
-            paths = last_checkpoints(folder, n)
-        if not paths:
-            scored = f" with {options.metric}" if options.best is not None else ""
-            raise CheckpointError(f"{folder} has no checkpoints{scored} to average")
+    given = [Path(path) for path in options.paths]
+    paths = _chosen(options, given) if given[0].is_dir() else _listed(options, given)
+    for path in paths:
+        check_settings(path, trust)
     out = Path(options.output) if options.output else paths[0].parent / f"{AVERAGED}.ckpt"
     average_checkpoints(paths, out)
     print(f"averaged {', '.join(path.name for path in paths)}")
     print(shown(out.absolute()))
     return 0
+
+
+def _chosen(options: Namespace, given: Sequence[Path]) -> list[Path]:
+    """The checkpoints of a run folder that --last or --best choose."""
+    if len(given) > 1:
+        raise ConfigurationError(
+            f"{given[0]} is a folder, so it has to be alone: give one run folder, or files"
+        )
+    if options.last is not None and options.best is not None:
+        raise ConfigurationError("--last and --best exclude each other: give one")
+    if options.metric is not None and options.best is None:
+        raise ConfigurationError(f"--metric {options.metric} says what --best goes by: give --best")
+    n = next((n for n in (options.last, options.best) if n is not None), 10)
+    if n < 1:
+        raise ConfigurationError(f"{n} checkpoints cannot be averaged: give at least 1")
+    below = given[0] / CHECKPOINTS
+    folder = below if below.is_dir() else given[0]
+    if options.best is None:
+        paths, scored = last_checkpoints(folder, n), ""
+    else:
+        metric = options.metric or "val/bleu"
+        paths, scored = best_checkpoints(folder, n, metric), f" with {metric}"
+    if not paths:
+        raise CheckpointError(f"{folder} has no checkpoints{scored} to average")
+    if options.output:
+        check_output(options.output, paths)
+    return paths
+
+
+def _listed(options: Namespace, given: Sequence[Path]) -> list[Path]:
+    """The given files, but for those that would count twice."""
+    if any(value is not None for value in (options.last, options.best, options.metric)):
+        raise ConfigurationError("--last and --best choose in a run folder: give one, and no files")
+    if options.output:
+        check_output(options.output, given)
+    paths, left_out = distinct_checkpoints(given)
+    for line in left_out:
+        print(f"left out {line}", file=sys.stderr)
+    return paths
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="tx-lightning average", description="Average checkpoints.", exit_on_error=False
+    )
+    parser.add_argument(
+        "paths",
+        type=str,
+        nargs="+",
+        help="A run folder, or the checkpoints to average, of which none counts twice.",
+    )
+    parser.add_argument(
+        "--last",
+        type=int | None,
+        default=None,
+        help="In a run folder, average the last N (default 10).",
+    )
+    parser.add_argument(
+        "--best", type=int | None, default=None, help="In a run folder, average the best N."
+    )
+    parser.add_argument(
+        "--metric",
+        type=str | None,
+        default=None,
+        help="The metric that --best goes by (default val/bleu).",
+    )
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="The file to write; averaged.ckpt beside the first checkpoint by default.",
+    )
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
+    return parser

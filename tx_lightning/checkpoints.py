@@ -5,28 +5,35 @@ by `checkpoint_record`, from which `load_task` rebuilds the task with its tokeni
 tensors and plain containers only and loads with `weights_only=True`.
 """
 
-import copy
+import contextlib
 import errno
 import os
 import platform
 import sys
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from tx_lightning import __version__
-from tx_lightning.configuration import ConfigurationParser, upgraded_settings
+from tx_lightning.configuration import upgraded_settings
+from tx_lightning.entries import WrongEntry, check_entries
+from tx_lightning.settings import approve_task
+from tx_lightning.trust import Trust
+from tx_lightning.walking import Approved, SettingsError
 
 FORMAT = 2  # 1 is read as well
 RECORD = "tx_lightning"
+_ARCHIVE = b"PK\x03\x04"  # how the archive begins that a checkpoint is
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class CheckpointError(ValueError):
@@ -46,17 +53,19 @@ def checkpoint_record(
     *,
     labels: list[str] | None = None,
     n_texts: int | None = None,
+    undescribed: Mapping[str, str] = NOTHING,
 ) -> dict[str, Any]:
     """Return what a task writes to `checkpoint["tx_lightning"]` so that the file is enough.
 
     Args:
-        settings: `{"class_path": ..., "init_args": ...}` of the task as the command line resolved
-            them; None for a task that was built by hand, which then has to be rebuilt by hand.
+        settings: `{"class_path": ..., "init_args": ...}` of the task; None for a task that cannot
+            be written down, and has to be rebuilt by hand.
         tokenizers: `Tokenizers.to_dict()`; None for a task that has none.
         labels: Those of a classifier, class i at place i.
         n_texts: How many texts a classifier takes at once, 1 or 2.
+        undescribed: Arguments of the task that settings cannot hold, each with the reason.
     """
-    return {
+    record = {
         "format": FORMAT,
         "task": settings,
         "tokenizers": tokenizers,
@@ -69,29 +78,34 @@ def checkpoint_record(
             "lightning": version("lightning"),
         },
     }
+    return record | ({"undescribed": dict(undescribed)} if undescribed else {})
 
 
-def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]:
-    """Load a checkpoint of this package on the CPU.
+def read_checkpoint(
+    path: str | Path, *, lazily: bool = False, map_location: Any = "cpu"
+) -> dict[str, Any]:
+    """Load a checkpoint of this package.
 
     Args:
         path: The file.
         lazily: Map the tensors from the file, so that only what is used is read.
+        map_location: Where the tensors go, as in `torch.load`.
 
     Raises:
-        CheckpointError: When the file is missing, truncated, or not one of ours.
+        CheckpointError: When the file is missing, damaged, or not one of ours, whatever it holds.
     """
     path = Path(path)
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        there = f"; {path.parent} has {', '.join(beside)}" if beside else ""
-        raise CheckpointError(f"checkpoint {path}: there is no such file{there}")
+    _check_file(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about files that are not ours
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=lazily)
     except PermissionError:
         raise
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {_why(path)}") from error
+    except Exception as error:  # the reader was not made for junk, and fails in many ways
+        whole = "it is damaged, or holds Python objects besides tensors and so is not ours"
+        why = whole if _is_whole(path) else "it is truncated"
+        raise CheckpointError(f"checkpoint {path} cannot be read: {why}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"checkpoint {path} has no 'state_dict': it is not a checkpoint")
     record = checkpoint.get(RECORD)
@@ -99,71 +113,154 @@ def read_checkpoint(path: str | Path, *, lazily: bool = False) -> dict[str, Any]
         raise CheckpointError(
             f"checkpoint {path} has no '{RECORD}' entry: it was not written by tx_lightning"
         )
-    if record["format"] not in (1, FORMAT):
-        raise CheckpointError(
-            f"checkpoint {path} has format {record['format']}, this version reads formats 1 to "
-            f"{FORMAT}: use tx_lightning {record['versions']['tx_lightning']}, which wrote it"
-        )
+    try:
+        _check_format(record)
+        check_entries(checkpoint, RECORD)
+    except WrongEntry as error:
+        raise CheckpointError(f"checkpoint {path} {error}") from None
     if record["format"] == 1:
-        record["task"] = upgraded_settings(record["task"])
+        with contextlib.suppress(RecursionError):  # what is nested so deeply is refused when used
+            record["task"] = upgraded_settings(record["task"])
     return checkpoint
 
 
-def _why(path: Path) -> str:
-    """What is wrong with a file that torch could not load."""
-    if zipfile.is_zipfile(path):
-        return "it is damaged, or holds Python objects besides tensors and so is not ours"
-    with path.open("rb") as file:
-        begun = file.read(2) in (b"PK", b"")  # as the archive that a checkpoint is, or empty
-    return "it is truncated" if begun else "it is not a checkpoint"
-
-
-def load_task(path: str | Path) -> LightningModule:
-    """Rebuild the task of a checkpoint, with weights and tokenizers, in evaluation mode.
-
-    It imports the classes named in the checkpoint: load only files from people you trust.
+def _check_file(path: Path) -> None:
+    """Refuse what is no file, or does not begin as a checkpoint.
 
     Raises:
-        CheckpointError: When the file is not ours, lacks the task's settings or tokenizers, or
-            when its weights do not fit the classes of this version.
+        CheckpointError: It is refused.
     """
-    checkpoint = read_checkpoint(path)
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {path} is a folder, not one of ours")
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        there = f"; {path.parent} has {', '.join(beside)}" if beside else ""
+        raise CheckpointError(f"checkpoint {path}: there is no such file{there}")
+    with path.open("rb") as file:
+        begun = file.read(len(_ARCHIVE))
+    if not _ARCHIVE.startswith(begun):
+        raise CheckpointError(f"checkpoint {path} cannot be read: it is not a checkpoint")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an archive has its end."""
+    try:
+        return zipfile.is_zipfile(path)
+    except Exception:  # a damaged end
+        return True
+
+
+def _check_format(record: Mapping[str, Any]) -> None:
+    """Refuse a format of another version.
+
+    Raises:
+        WrongEntry: It is one, or there is none.
+    """
+    found = record.get("format")
+    if type(found) is not int:
+        raise WrongEntry(f"is damaged: '{RECORD}.format' is not a number")
+    if found not in (1, FORMAT):
+        versions = record.get("versions")
+        writer = versions.get("tx_lightning") if isinstance(versions, dict) else None
+        raise WrongEntry(
+            f"has format {found}, this version reads formats 1 to {FORMAT}: "
+            f"use tx_lightning {writer}, which wrote it"
+        )
+
+
+def require_finite(tensors: Mapping[str, Any], where: str) -> None:
+    """Refuse weights that have diverged.
+
+    Args:
+        tensors: Weights by name.
+        where: What they are of, for the error.
+
+    Raises:
+        CheckpointError: One of them holds nan or infinity.
+    """
+    if found := not_finite(tensors):
+        raise CheckpointError(
+            f"{where}: {found}, so the training had diverged; use a checkpoint from before"
+        )
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """Say which of some tensors has values that are not finite, or too large for float32."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            continue
+        values = value if value.is_complex() else value.float()
+        if n := int((~torch.isfinite(values)).sum()):
+            return f"{name} has {n:,} of {value.numel():,} values that are not finite"
+    return None
+
+
+def settings_of(checkpoint: Mapping[str, Any], path: str | Path, trust: Trust) -> Approved:
+    """The settings of the task in a checkpoint, once they are found to be harmless.
+
+    Args:
+        checkpoint: As `read_checkpoint` gives it.
+        path: Its file.
+        trust: The user's consent.
+
+    Raises:
+        CheckpointError: When there are none, or they name what may not be built.
+    """
     record = checkpoint[RECORD]
     if record["task"] is None:
-        raise CheckpointError(
-            f"checkpoint {path} has no model settings: it was not written by `tx-lightning fit`"
-        )
-    if not record["tokenizers"]:
-        raise CheckpointError(f"checkpoint {path} has no tokenizers: it cannot read or write text")
-    task = _instantiate(record["task"], path, record["versions"])
-    task.on_load_checkpoint(checkpoint)
-    if isinstance(task, Rebuildable):
-        task.settings = record["task"]
+        raise CheckpointError(f"checkpoint {path} has no model settings: {_unsettled(record)}")
     try:
-        task.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise CheckpointError(
-            f"checkpoint {path}: the weights do not fit {record['task']['class_path']}: {lines[0]}"
-        ) from error
-    return task.eval()
+        return approve_task(record["task"], trust, f"checkpoint {path}")
+    except SettingsError as error:
+        raise CheckpointError(str(error)) from None
 
 
-def _instantiate(
-    settings: dict[str, Any], path: str | Path, versions: Mapping[str, str]
-) -> LightningModule:
-    parser = ConfigurationParser()
-    parser.add_subclass_arguments(LightningModule, "task", fail_untyped=False)
-    try:
-        # A copy: parsing leaves objects of its own in the lists of what it is given.
-        task = parser.instantiate(parser.parse_object({"task": copy.deepcopy(settings)})).task
-    except ArgumentError as error:
-        raise CheckpointError(
-            f"checkpoint {path} was written by tx_lightning {versions['tx_lightning']}, and its "
-            f"settings are not accepted by {__version__}: {' '.join(str(error).split())}"
-        ) from error
-    assert isinstance(task, LightningModule)
-    return task
+def check_settings(path: str | Path, trust: Trust) -> None:
+    """Refuse a checkpoint whose settings name what may not be built, if it has settings.
+
+    Args:
+        path: The file.
+        trust: The user's consent.
+
+    Raises:
+        CheckpointError: It is refused, or cannot be read.
+    """
+    checkpoint = read_checkpoint(path, lazily=True)
+    if checkpoint[RECORD]["task"] is not None:
+        settings_of(checkpoint, path, trust)
+
+
+def _unsettled(record: Mapping[str, Any]) -> str:
+    """Why a record has no settings, and what to do about it."""
+    reasons = [
+        f"{name or 'the class'} is {why}" for name, why in record.get("undescribed", {}).items()
+    ]
+    if not reasons:
+        return "its task was built by hand, with classes that do not keep their arguments"
+    return (
+        f"{', '.join(reasons)}, which a file cannot hold; build the task with classes of modules "
+        "and functools.partial of them, as functools.partial(EncoderDecoder, d_model=128)"
+    )
+
+
+def load_task(path: str | Path, *, trust: str | Iterable[str] = ()) -> LightningModule:
+    """Rebuild the task of a checkpoint, with weights and tokenizers, in evaluation mode.
+
+    Only classes of tx_lightning, torch and Lightning are built; those of other packages where
+    they are trusted. When `Trainer.fit` gets the task, it trains as usual, with dropout.
+
+    Args:
+        path: The file.
+        trust: Packages whose classes the file may name as well, such as "my_package".
+
+    Raises:
+        CheckpointError: When the file is not ours, lacks the task's settings or tokenizers, names
+            classes that are not trusted, or when its weights do not fit the classes of this
+            version.
+    """
+    from tx_lightning.rebuilding import rebuild  # which reads checkpoints
+
+    return rebuild(path, LightningModule, Trust.of(trust))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -258,3 +355,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("storage_options are not supported: checkpoints are local files")
         write_atomically(checkpoint, path)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Any = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint, which never runs code."""
+        if weights_only is False:
+            raise ValueError("weights_only=False: checkpoints hold nothing that would need it")
+        return super().load_checkpoint(path, map_location, weights_only=True)

@@ -19,6 +19,7 @@ from tx_lightning.text_verbs import (
     read_lines,
     standard_input,
 )
+from tx_lightning.trust import HELP, take_trust
 
 DESCRIPTION = """\
 Label lines from standard input with the checkpoint of a classifier alone: label and probability,
@@ -37,10 +38,11 @@ def main(words: Sequence[str]) -> int:
         words: What follows `classify`.
     """
     parser = _parser()
+    trust, words = take_trust(words)
     if not words or words[0].startswith("-"):
         parser.print_help()
         return 0 if {"-h", "--help"} & set(words) else 2
-    task = load_task(words[0])
+    task = load_task(words[0], trust=trust.packages)
     if not isinstance(task, Classification | Tagging):
         raise ConfigurationError(
             f"{words[0]} holds a {type(task).__name__}, not a Classification or a Tagging"
@@ -149,6 +151,7 @@ def _tagged(task: Tagging, lines: list[str], long: _LongLines, options: Namespac
 def _parser() -> ConfigurationParser:
     parser = ConfigurationParser(prog="tx-lightning classify", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
     parser.add_argument(
         "--all",
         type=bool,

@@ -7,12 +7,14 @@ cannot be set apart from them: the model's `vocab_size` from the data's, the dat
 """
 
 import contextlib
+import copy
 import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from lightning.pytorch.callbacks import ProgressBar as Bar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from tx_lightning import __version__
+from tx_lightning.building import all_but, only, try_parsing
 from tx_lightning.callbacks.due_validation import DueValidation
 from tx_lightning.callbacks.graceful_stop import GracefulStop
 from tx_lightning.callbacks.predictions import PredictionWriter
@@ -35,9 +38,12 @@ from tx_lightning.callbacks.run_record import RunRecord
 from tx_lightning.checkpoints import (
     RECORD,
     AtomicCheckpointIO,
+    CheckpointError,
     Rebuildable,
+    check_settings,
     newest_checkpoint,
     read_checkpoint,
+    settings_of,
 )
 from tx_lightning.configuration import (
     ConfigurationParser,
@@ -49,7 +55,7 @@ from tx_lightning.configuration import (
 )
 from tx_lightning.data.module import TextData
 from tx_lightning.diagnosis import explain
-from tx_lightning.errors import ConfigurationError
+from tx_lightning.errors import ConfigurationError, is_restoring, one_line
 from tx_lightning.loggers import MetricsFile, WandB, read_metrics
 from tx_lightning.nn.linear import MatmulPrecision, set_matmul_precision
 from tx_lightning.pretrained import Pretrained, initialize, tokenizers_of
@@ -63,8 +69,11 @@ from tx_lightning.runs import (
     run_folder,
     shown,
 )
+from tx_lightning.settings import check_run, packages_of
 from tx_lightning.tasks.companions import StepNumbers, number_steps
 from tx_lightning.tasks.task import Task
+from tx_lightning.trust import HELP, own_names, take_trust, trust_words
+from tx_lightning.walking import Approved
 
 LINKS = {
     "data.init_args.vocab_size": "model.init_args.vocab_size",
@@ -80,7 +89,8 @@ LEAST = {  # of the trainer's arguments
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,
 }
-ONE_VERB = ("resume", "verbose", "return_predictions")  # options that not every verb has
+# Options that not every verb has, and the one that no file may have.
+ONE_VERB = ("resume", "verbose", "return_predictions", "trust")
 ModelFrom = Literal["agree", "checkpoint", "config"]
 OnDivergence = Literal["stop", "ignore"]
 _LIGHTNING = logging.getLogger("lightning.pytorch.utilities.rank_zero")
@@ -92,14 +102,25 @@ class CommandLine(LightningCLI):
     Args:
         words: The words of the command, the verb first.
         run: Whether to carry it out, or only to parse and build (then without a verb).
+        foreign: A configuration among the words that may be of others.
     """
 
-    def __init__(self, words: Sequence[str], *, run: bool = True) -> None:
+    def __init__(
+        self, words: Sequence[str], *, run: bool = True, foreign: Path | None = None
+    ) -> None:
         _silence_libraries()
         self.verb = words[0] if run else None
+        self.trust, words = take_trust(words)
+        self.foreign = foreign
+        if foreign is None:
+            self.trust = self.trust.naming(*own_names(words))
         self.folder: Path | None = None
         self.resumed: Path | None = None
         self.checkpoint: Path | None = None
+        self._recorded: Approved | None = None  # the model section of the checkpoint
+        self._texts: frozenset[str] = frozenset()  # in the checkpoint, which name no class
+        self._approved: Approved | None = None  # a configuration of others
+        self._undescribed: dict[str, str] = {}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -145,6 +166,7 @@ class CommandLine(LightningCLI):
             help="With --ckpt_path, whose model section holds where the two differ: agree is an "
             "error that lists the keys.",
         )
+        parser.add_argument("--trust", type=list[str] | None, default=None, help=HELP)
         # For every verb, so that the file of an experiment serves them all.
         parser.add_argument(
             "--matmul_precision",
@@ -206,22 +228,33 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         assert isinstance(args, list)
         words = self._with_resumed_run(args)
+        if self.foreign is not None:
+            self._approved = check_run(self.foreign, self.trust)
         values = given(words)
         if self.verb and values.get("ckpt_path"):
             self.checkpoint = Path(str(values["ckpt_path"]))
         if self.resumed:
             self.checkpoint = newest_checkpoint(self.resumed / CHECKPOINTS) or self.checkpoint
-        self._model_from_checkpoint = bool(self.checkpoint) and not _has_class(values, "model")
+        own_model = _has_class(values, "model")
+        if self.checkpoint is not None:
+            self._read_recorded(self.checkpoint, own_model=own_model)
+        elif values.get("pretrained"):
+            # Only its weights are used; still, it is not opened where it is not trusted.
+            check_settings(values["pretrained"], self.trust)
+        self._model_from_checkpoint = self.checkpoint is not None and not own_model
         if self._model_from_checkpoint:
-            words = [words[0], f"--model={json.dumps(self._recorded_model())}", *words[1:]]
+            assert self._recorded is not None
+            words = [words[0], f"--model={json.dumps(self._recorded.settings)}", *words[1:]]
         try:
-            self.config = parser.parse_args(words)
+            with self._guarded():
+                self.config = parser.parse_args(words)
         except (ArgumentError, DuplicateKey) as error:
             verb_parser = self._parser(self.verb)
             why = explain(str(error), words, verb_parser)
             if why.startswith("model.vocab_size: null") and not _has_class(values, "data"):
                 why = "no data section: give --config with one"
             raise ConfigurationError(why) from error
+        self._check_trust_and_loading()
         self._check_links(values)
         self._check_numbers()
 
@@ -244,22 +277,58 @@ class CommandLine(LightningCLI):
         if not folder:
             return words
         self.resumed = Path(str(folder)).absolute()
-        if not (self.resumed / CONFIG).is_file():
+        config = self.resumed / CONFIG
+        if not config.is_file():
             raise ConfigurationError(
                 f"--resume {folder}: it has no {CONFIG}, so it is no run folder"
             )
+        self.foreign = config
         rest = without_option(words[1:], "resume")
-        return ["fit", "--config", str(self.resumed / CONFIG), *rest]
+        return ["fit", "--config", str(config), *rest]
 
-    def _recorded_model(self) -> dict[str, Any]:
-        assert self.checkpoint is not None
-        settings = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
-        if settings is None:
+    def _read_recorded(self, path: Path, *, own_model: bool) -> None:
+        """Take the model section of a checkpoint, once it is found harmless."""
+        checkpoint = read_checkpoint(path, lazily=True)
+        if self.verb == "fit" and "optimizer_states" not in checkpoint:
             raise ConfigurationError(
-                f"checkpoint {self.checkpoint} has no model settings: give the model section"
+                f"checkpoint {shown(path)} holds weights alone, as averaged and imported ones do, "
+                f"so training cannot go on from it: start from them with --pretrained {shown(path)}"
             )
-        assert isinstance(settings, dict)
-        return settings
+        record = checkpoint[RECORD]
+        if record["task"] is None and own_model:
+            return
+        self._recorded = settings_of(checkpoint, path, self.trust)
+        self._texts |= self._recorded.texts
+        self._undescribed = record.get("undescribed", {})
+        try_parsing(self._recorded, f"checkpoint {shown(path)}")
+        if self.verb == "fit" and self._undescribed and not own_model:
+            what = ", ".join(f"{name} is {why}" for name, why in self._undescribed.items())
+            raise ConfigurationError(
+                f"checkpoint {shown(path)}: {what}, which a file cannot hold, so training cannot "
+                "go on as it was: give a model section of your own with --config"
+            )
+
+    def _guarded(self) -> contextlib.AbstractContextManager[None]:
+        """In this context the parser imports nothing that a file of others should not lead to.
+
+        Beside a configuration of others it imports only what was approved there and what the user's
+        words name; beside a checkpoint anything but what is mere text in that.
+        """
+        if self._approved is not None:
+            recorded = frozenset() if self._recorded is None else self._recorded.names
+            names = self._approved.names | recorded
+            return only(replace(self._approved, names=names), "a configuration of others")
+        return all_but(self._texts, "a checkpoint of others")
+
+    def _check_trust_and_loading(self) -> None:
+        """Refuse in files what belongs on the command line, and loading that would run code."""
+        section = self._section()
+        if section.trust is not None:
+            raise ConfigurationError("trust: no file can give consent; say --trust PACKAGE")
+        if self.verb and section.weights_only is False:
+            raise ConfigurationError(
+                "weights_only=false: checkpoints hold nothing that would need it; leave it out"
+            )
 
     def _check_links(self, values: dict[str, Any]) -> None:
         """A value that follows from another may be repeated, but not set to something else."""
@@ -287,13 +356,14 @@ class CommandLine(LightningCLI):
         self._keep_settings_of_format_1()
         if self.checkpoint is None:
             return
-        recorded = read_checkpoint(self.checkpoint, lazily=True)[RECORD]["task"]
-        if recorded is None or section.model_from == "config":
+        if self._recorded is None or section.model_from == "config":
             return
+        recorded = copy.deepcopy(self._recorded.settings)
         rest = self.config.clone()
         rest[self.verb].model = None  # nothing of it may be merged with the checkpoint's
         try:
-            base = self.parser.parse_object({self.verb: {"model": recorded}}, rest)
+            with self._guarded():
+                base = self.parser.parse_object({self.verb: {"model": recorded}}, rest)
         except ArgumentError as error:
             why = explain(str(error), [], self._parser(self.verb))
             raise ConfigurationError(
@@ -301,7 +371,11 @@ class CommandLine(LightningCLI):
                 "Keep your own with --model_from config"
             ) from error
         theirs = self._plain(base)["model"]
-        differing = differences(self._plain(self.config)["model"], theirs)
+        differing = {
+            key: pair
+            for key, pair in differences(self._plain(self.config)["model"], theirs).items()
+            if key.partition(".")[0] not in self._undescribed
+        }
         vocabulary = recorded["init_args"].get("vocab_size")
         ours = section.model.init_args.get("vocab_size")
         if vocabulary != ours:
@@ -336,6 +410,10 @@ class CommandLine(LightningCLI):
         assert isinstance(plain, dict)
         return plain
 
+    def instantiate_classes(self) -> None:
+        with self._guarded():
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer in the run's own folder, with what every run has."""
         self.folder = self._make_folder()
@@ -367,7 +445,7 @@ class CommandLine(LightningCLI):
         trainer.callbacks.insert(0, RunRecord(self._plain(self.config), self.folder))
         trainer.callbacks.insert(0, DueValidation())
         trainer.callbacks.insert(0, StepNumbers())
-        trainer.callbacks.append(GracefulStop(self.folder))
+        trainer.callbacks.append(GracefulStop(self.folder, self._resume_words(self.folder)))
         if self.verb == "predict":
             trainer.callbacks.append(PredictionWriter(self.folder))
         assert isinstance(trainer, Trainer)
@@ -391,6 +469,11 @@ class CommandLine(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)
             self._save_config(folder / CONFIG)
         return folder
+
+    def _resume_words(self, folder: Path) -> str:
+        """The command that goes on with this run, with the consent that it will need."""
+        trusted = trust_words(packages_of(self._plain(self.config)))
+        return f"tx-lightning fit --resume {shown(folder)}{trusted}"
 
     def _run_name(self) -> str:
         section = self._section()
@@ -455,6 +538,7 @@ class CommandLine(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         kwargs["ckpt_path"] = str(self.checkpoint) if self.checkpoint else None
+        kwargs["weights_only"] = True
         return kwargs
 
     def _number_steps(self) -> None:
@@ -471,7 +555,7 @@ class CommandLine(LightningCLI):
         self._number_steps()
         failed = True
         try:
-            super()._run_subcommand(subcommand)
+            self._carry_out(subcommand)
             if subcommand == "fit" and self._section().test_after:
                 self._test_after()
             failed = False
@@ -480,6 +564,18 @@ class CommandLine(LightningCLI):
             for logger in self.trainer.loggers:
                 if isinstance(logger, WandB):
                     logger.finish(failed=failed)
+
+    def _carry_out(self, subcommand: str) -> None:
+        """Run a verb; what Lightning cannot restore from a checkpoint is the checkpoint's fault."""
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if self.checkpoint is None or one_line(error) is not None or not is_restoring(error):
+                raise
+            raise CheckpointError(
+                f"checkpoint {shown(self.checkpoint)} cannot be restored: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
 
     def _test_after(self) -> None:
         """Test what training has made: the averaged weights, else the best, else the last."""
@@ -491,7 +587,9 @@ class CommandLine(LightningCLI):
         path = str(averaged) if averaged.is_file() else best
         if is_first_process():
             print(f"testing {shown(Path(path)) if path else 'the last weights'}", flush=True)
-        trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path or None)
+        trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path=path or None, weights_only=True
+        )
 
     def _report(self) -> None:
         """Say at the end where the newest attention map and the W&B run are."""
@@ -520,7 +618,7 @@ class CommandLine(LightningCLI):
         if self.verb != "fit" or trainer.fast_dev_run:
             return
         if not self.resumed:
-            go_on = f"tx-lightning fit --resume {shown(self.folder)}"
+            go_on = self._resume_words(self.folder)
             print(f"after an interruption, go on with: {go_on}", flush=True)
             return
         rows: int | None = 0

@@ -116,3 +116,9 @@ def _raised_by_us(error: BaseException, through: Path | None) -> bool:
         if not (library and "site-packages" not in file.parts) and "<frozen" not in str(file):
             return False
     return False
+
+
+def is_restoring(error: BaseException) -> bool:
+    """Whether an error came up while Lightning took a checkpoint apart."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == "checkpoint_connector.py" for frame in frames)

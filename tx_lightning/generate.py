@@ -26,6 +26,7 @@ from tx_lightning.text_verbs import (
     read_lines,
     standard_input,
 )
+from tx_lightning.trust import HELP, take_trust
 
 DESCRIPTION = """\
 Continue prompts with the checkpoint of a language model alone. A prompt is given with --prompt,
@@ -53,10 +54,11 @@ def main(words: Sequence[str]) -> int:
         words: What follows `generate`.
     """
     parser = _parser()
+    trust, words = take_trust(words)
     if not words or words[0].startswith("-"):
         parser.print_help()
         return 0 if {"-h", "--help"} & set(words) else 2
-    task = load_task(words[0])
+    task = load_task(words[0], trust=trust.packages)
     if not isinstance(task, LanguageModeling):
         raise ConfigurationError(
             f"{words[0]} holds a {type(task).__name__}, not a LanguageModeling"
@@ -152,6 +154,7 @@ def _prompt(text: str, where: str) -> str:
 def _parser() -> ConfigurationParser:
     parser = ConfigurationParser(prog="tx-lightning generate", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
     parser.add_argument(
         "--prompt",
         type=str,

@@ -87,7 +87,11 @@ def tokenizers_of(path: str | Path, checkpoint: dict[str, Any]) -> Tokenizers:
     texts = checkpoint[RECORD]["tokenizers"]
     if not texts:
         raise CheckpointError(f"checkpoint {path} has no tokenizers: it cannot read or write text")
-    return Tokenizers.from_dict(texts)
+    try:
+        return Tokenizers.from_dict(texts)
+    except (KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {path}: its tokenizers are damaged: {reason}") from error
 
 
 def initialize(task: Task[Any], pretrained: Pretrained) -> Loaded:

@@ -15,8 +15,10 @@ from tx_lightning.errors import ConfigurationError
 from tx_lightning.loggers import read_metrics
 from tx_lightning.provenance import FILE, differing, read_starts
 from tx_lightning.runs import CHECKPOINTS, CONFIG, METRICS, is_first_process, run_folder, shown
+from tx_lightning.settings import check_run
 from tx_lightning.strict_json import to_json
 from tx_lightning.text_verbs import parse_words
+from tx_lightning.trust import HELP, take_trust, trust_words
 
 _SHOWN = 10  # differences of the inputs that are listed
 _LONGEST = 60  # characters of a value in that list
@@ -24,12 +26,13 @@ _LONGEST = 60  # characters of a value in that list
 History = dict[tuple[int, str], Any]
 
 
-def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
+def main(words: Sequence[str], command: Callable[..., Any]) -> int:
     """Carry out `tx-lightning reproduce`; 0 where all came out the same, 1 where anything differs.
 
     Args:
         words: What follows `reproduce`.
-        command: Carries out the words of another command.
+        command: Carries out the words of another command, in which `foreign` is a configuration
+            that may be of others.
     """
     parser = ArgumentParser(
         prog="tx-lightning reproduce",
@@ -37,18 +40,22 @@ def main(words: Sequence[str], command: Callable[[Sequence[str]], Any]) -> int:
         exit_on_error=False,
     )
     parser.add_argument("run", type=str, help="The folder of a run of fit.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
+    trust, words = take_trust(words)
     if not words:
         parser.print_help()
         return 2
     run = Path(parse_words(parser, words).run)
     if not (run / CONFIG).is_file():
         raise ConfigurationError(f"{run} has no {CONFIG}, so it is no run folder")
+    check_run(run / CONFIG, trust)
     if not checkpoints(run):
         raise ConfigurationError(
             f"{run} has no checkpoint of a training run: there is nothing to compare with"
         )
     again = run_folder(run.absolute().parent)
-    command(["fit", "--config", str(run / CONFIG), "--trainer.default_root_dir", str(again)])
+    config = ["--config", str(run / CONFIG), "--trainer.default_root_dir", str(again)]
+    command(["fit", *config, *trust_words(trust.packages).split()], foreign=run / CONFIG)
     if not is_first_process():
         return 0
     report = compare(run, again)

@@ -17,6 +17,7 @@ from tx_lightning.text_verbs import (
     read_lines,
     standard_input,
 )
+from tx_lightning.trust import HELP, take_trust
 
 DESCRIPTION = """\
 Translate lines from standard input with a checkpoint alone. Line i of the output belongs to line i
@@ -35,10 +36,11 @@ def main(words: Sequence[str]) -> int:
         words: What follows `translate`.
     """
     parser = _parser()
+    trust, words = take_trust(words)
     if not words or words[0].startswith("-"):
         parser.print_help()
         return 0 if {"-h", "--help"} & set(words) else 2
-    task = load_task(words[0])
+    task = load_task(words[0], trust=trust.packages)
     if not isinstance(task, Translation):
         raise ConfigurationError(f"{words[0]} holds a {type(task).__name__}, not a Translation")
     arguments = task.settings["init_args"] if task.settings else {}
@@ -72,6 +74,7 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> ConfigurationParser:
     parser = ConfigurationParser(prog="tx-lightning translate", description=DESCRIPTION)
     parser.add_argument("checkpoint", type=str, help="A checkpoint of `tx-lightning fit`.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
     parser.add_argument(
         "--decoding",
         type=Decoding,

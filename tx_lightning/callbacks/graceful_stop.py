@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tx_lightning.runs import CHECKPOINTS, shown
+from tx_lightning.runs import CHECKPOINTS
 
 ASK_EVERY = 8  # steps between two agreements of several processes, which cost a collective each
 # Ctrl-C; what a machine that goes down sends; what SLURM sends on request before it preempts a job.
@@ -35,10 +35,12 @@ class GracefulStop(Callback):
 
     Args:
         folder: The run folder.
+        resume: The command that goes on with the run.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume: str) -> None:
         self.folder = folder
+        self.resume = resume
         self.checkpoint = folder / CHECKPOINTS / "interrupted.ckpt"
         self._asked: int = 0
         self._step = -1
@@ -81,7 +83,7 @@ class GracefulStop(Callback):
     ) -> None:
         if not trainer.is_global_zero or not any((self.folder / CHECKPOINTS).glob("*.ckpt")):
             return
-        go_on = f"to go on: tx-lightning fit --resume {shown(self.folder)}"
+        go_on = f"to go on: {self.resume}"
         print(f"\nstopped at step {trainer.global_step}; {go_on}", file=sys.stderr, flush=True)
 
     def _listen(self) -> None:

@@ -9,10 +9,11 @@ A tokenizer that came with weights from elsewhere keeps the ids it has: `Special
 they are, and its special entries are not searched for in text either.
 """
 
+import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,6 +54,43 @@ class SpecialIds:
     prefix: tuple[int, ...] = ()
 
 
+@contextlib.contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Report what the library fails on; it raises bare exceptions, and panics of Rust.
+
+    Raises:
+        DataError: It failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        wrong = isinstance(error, ValueError | TypeError | AttributeError | RecursionError)
+        if not (wrong or type(error) is Exception or type(error).__name__ == "PanicException"):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"tokenizer: {what} ({reason})") from error
+
+
+def _special_ids(foreign: Any) -> tuple[SpecialIds, dict[int, str]]:
+    """The special ids of a tokenizer that was trained elsewhere, and their names.
+
+    Raises:
+        DataError: They are not written as `Tokenizer.foreign` writes them.
+    """
+    try:
+        special = SpecialIds(**{**foreign["ids"], "prefix": tuple(foreign["ids"]["prefix"])})
+        names = {int(i): name for i, name in foreign["names"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"tokenizer: its special ids are damaged ({error})") from error
+    known = [special.pad, special.bos, special.eos, special.unk, *special.prefix, *names]
+    known += [] if special.mask is None else [special.mask]
+    if not all(type(i) is int and i >= 0 for i in known) or not all(
+        isinstance(name, str) for name in names.values()
+    ):
+        raise DataError("tokenizer: its special ids are damaged (not all of them are ids)")
+    return special, names
+
+
 class Tokenizer:
     """A trained tokenizer; pickles, and may be shared by threads.
 
@@ -72,28 +110,25 @@ class Tokenizer:
     def __init__(self, text: str) -> None:
         foreign: dict[str, Any] | None = None
         model = text
-        try:
+        with _failures("the text is not a tokenizer in JSON"):
             if f'"{_OURS}"' in text:
                 settings = json.loads(text)
                 foreign = settings.pop(_OURS, None)
                 model = json.dumps(settings, ensure_ascii=False)
             self._model = tokenizers.Tokenizer.from_str(model)
-        except Exception as error:  # The library raises bare Exception.
-            raise DataError(f"tokenizer: the text is not a tokenizer in JSON ({error})") from error
         if foreign is None:
             self._check_own_ids()
             special = SpecialIds(PAD, BOS, EOS, UNK)
             self.vocab_size: int = self._model.get_vocab_size(with_added_tokens=False)
             self._names = dict(enumerate(SPECIAL_NAMES))
         else:
-            special = SpecialIds(**{**foreign["ids"], "prefix": tuple(foreign["ids"]["prefix"])})
+            special, self._names = _special_ids(foreign)
             self._model.encode_special_tokens = True
             self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
-            self._names = {int(i): name for i, name in foreign["names"].items()}
         self.trained_here = foreign is None
         self.pad_id, self.bos_id, self.eos_id = special.pad, special.bos, special.eos
         self.unk_id, self.mask_id = special.unk, special.mask
-        self._prefix = list(special.prefix)
+        self.prefix = special.prefix
         self._json = text
         self._bytes = '"ByteLevel"' in text and isinstance(self._model.model, models.BPE)
         self._word_starts: npt.NDArray[np.bool_] | None = None
@@ -136,9 +171,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS and EOS."""
         check_texts(texts)
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        if self._prefix:
-            return [self._prefix + encoding.ids for encoding in encodings]
+        with _failures("a text cannot be encoded"):
+            encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        if self.prefix:
+            return [[*self.prefix, *encoding.ids] for encoding in encodings]
         return [encoding.ids for encoding in encodings]
 
     def encode_words(self, sentences: Sequence[Sequence[str]]) -> list[list[list[int]]]:
@@ -146,16 +182,17 @@ class Tokenizer:
         check_texts(sentences)
         for words in sentences:
             check_texts(words)
-        flat = self._model.encode_batch_fast(
-            [word for words in sentences for word in words], add_special_tokens=False
-        )
+        flat_words = [word for words in sentences for word in words]
+        with _failures("a word cannot be encoded"):
+            flat = self._model.encode_batch_fast(flat_words, add_special_tokens=False)
         ids = iter([encoding.ids or [self.unk_id] for encoding in flat])
         return [[next(ids) for _ in words] for words in sentences]
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Text of each row of ids; special ids are left out."""
         rows = [[int(i) for i in row if int(i) not in self._names] for row in ids]
-        return list(self._model.decode_batch(rows, skip_special_tokens=False))
+        with _failures("tokens cannot be decoded"):
+            return list(self._model.decode_batch(rows, skip_special_tokens=False))
 
     def entries(self) -> list[str]:
         """What stands for each id, without the spaces that keep some out of reach of text."""
@@ -299,6 +336,21 @@ def check_capacity(tokenizer: Tokenizer, vocab_size: int, reserved: int = 0) -> 
         raise DataError(
             f"vocab_size is {vocab_size}, but the tokenizer has {tokenizer.vocab_size} entries"
             f"{more}; set vocab_size to at least {needed} or train a smaller tokenizer"
+        )
+
+
+def check_rows(tokenizer: Tokenizer, n_rows: int) -> None:
+    """Refuse a tokenizer that has ids beyond the rows of the embedding table.
+
+    Raises:
+        DataError: It has some.
+    """
+    special = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, *tokenizer.special_ids}
+    special |= set(tokenizer.prefix)
+    most = max(tokenizer.vocab_size - 1, *special)
+    if min(special) < 0 or most >= n_rows:
+        raise DataError(
+            f"the tokenizer has ids up to {most}, but the network's vocab_size is {n_rows}"
         )
 
 

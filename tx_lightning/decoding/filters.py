@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from tx_lightning.decoding.limits import LARGEST, at_least
+from tx_lightning.described import Described
 
 
-class Filter(ABC):
+class Filter(Described, ABC):
     """A rule about what may follow; a new one is one class and one line of YAML."""
 
     @abstractmethod

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tx_lightning.decoding.filters import Filter, ban, force
 from tx_lightning.decoding.limits import MOST_RATIO, MOST_TOKENS, STRONGEST, at_least, within
+from tx_lightning.described import Described
 
 _ROOM = 64  # tokens, at first
 
@@ -148,7 +149,7 @@ class Problem:
         return log_probs
 
 
-class Decoding(ABC):
+class Decoding(Described, ABC):
     """A way of searching for outputs over a step function; calling it decodes a batch."""
 
     def __init__(

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.nn.checks import check_size
 from tx_lightning.nn.dropout import Dropout
 from tx_lightning.nn.linear import Linear
@@ -12,7 +13,7 @@ from tx_lightning.nn.linear import Linear
 FeedForwardFactory = Callable[[int, int], nn.Module]
 
 
-class ReLUFeedForward(nn.Module):
+class ReLUFeedForward(Described, nn.Module):
     """max(0, x W1 + b1) W2 + b2 (Vaswani et al. 2017, eq. 2).
 
     Args:
@@ -33,7 +34,7 @@ class ReLUFeedForward(nn.Module):
         return self.outer(self.dropout(F.relu(self.inner(x))))
 
 
-class GELUFeedForward(nn.Module):
+class GELUFeedForward(Described, nn.Module):
     """GELU(x W1 + b1) W2 + b2 (Hendrycks & Gimpel 2016).
 
     Args:
@@ -63,7 +64,7 @@ class GELUFeedForward(nn.Module):
         return self.outer(self.dropout(self.activation(self.inner(x))))
 
 
-class SwishFeedForward(nn.Module):
+class SwishFeedForward(Described, nn.Module):
     """SiLU(x W1 + b1) W2 + b2 (Ramachandran et al. 2017, with beta = 1); Marian's models use it.
 
     Args:
@@ -84,7 +85,7 @@ class SwishFeedForward(nn.Module):
         return self.outer(self.dropout(F.silu(self.inner(x))))
 
 
-class SwiGLUFeedForward(nn.Module):
+class SwiGLUFeedForward(Described, nn.Module):
     """(SiLU(x W) * x V) W2, without biases (Shazeer 2020, eq. 6).
 
     It has three matrices: for the parameter count of the other two, set d_ff to 2/3 of theirs.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.nn.attention import MultiHeadAttention
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.checks import check_share, check_size
@@ -26,7 +27,7 @@ NormFactory = Callable[[int], nn.Module]
 _COMPILED_VARIANTS = 64
 
 
-class LayeredNetwork(nn.Module):
+class LayeredNetwork(Described, nn.Module):
     """A network of `EncoderLayer`s and `DecoderLayer`s; the base class of all networks."""
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

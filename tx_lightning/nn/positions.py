@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tx_lightning.described import Described
 from tx_lightning.nn.checks import check_range, check_size
 
 
-class Positions(nn.Module):
+class Positions(Described, nn.Module):
     """No positions at all, and the interface of every scheme.
 
     Args:

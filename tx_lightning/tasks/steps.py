@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,29 @@ def check_layer_decay(layer_decay: float | None) -> None:
     """Refuse a factor that is no share, before anything runs."""
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1")
+
+
+def check_states(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse the state of a fused optimizer that is not of the shape of its parameter.
+
+    The kernels do not look: they would read and write beyond the memory of a smaller one.
+
+    Raises:
+        ValueError: When a checkpoint brought such a state.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if not group.get("fused"):
+                continue
+            for parameter in group["params"]:
+                for name, value in optimizer.state[parameter].items():
+                    shape = () if name == "step" else tuple(parameter.shape)
+                    found = tuple(value.shape) if isinstance(value, Tensor) else type(value)
+                    if value is not None and found != shape:
+                        raise ValueError(
+                            f"the checkpoint's optimizer state {name} of a parameter of shape "
+                            f"{tuple(parameter.shape)} is {found}: it does not fit"
+                        )
 
 
 def parameter_depths(network: nn.Module) -> dict[str, int]:

@@ -5,8 +5,9 @@ A task is a `Task` with a `forward` that sums the loss of a batch, the steps of 
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -15,18 +16,21 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torchmetrics import Metric
 
-from tx_lightning.checkpoints import checkpoint_record
+from tx_lightning.checkpoints import NOTHING, checkpoint_record
 from tx_lightning.data.batches import Batch
-from tx_lightning.data.tokenizers import Tokenizer, Tokenizers
+from tx_lightning.data.tokenizers import Tokenizer, Tokenizers, check_rows
+from tx_lightning.described import Described
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.losses import TokenLoss
 from tx_lightning.nn.layers import LayeredNetwork
+from tx_lightning.rebuilding import described_settings, rebuild, saved_location
 from tx_lightning.sharding import Sharded, gather, scatter, shard
 from tx_lightning.tasks.companions import (
     PlateauSteps,
@@ -38,6 +42,7 @@ from tx_lightning.tasks.companions import (
 from tx_lightning.tasks.resuming import hold_configuration
 from tx_lightning.tasks.steps import (
     check_layer_decay,
+    check_states,
     clip_gradients,
     configure_optimizers,
     gradient_scaler,
@@ -45,8 +50,10 @@ from tx_lightning.tasks.steps import (
     scale_gradients,
     seed_batch,
 )
+from tx_lightning.trust import Trust
 
 B = TypeVar("B", bound=Batch)
+T = TypeVar("T", bound="Task[Any]")
 Row = dict[str, str | float]  # of a table of samples: what stands in each column
 Labels = tuple[list[str], list[str]]  # of an attention map: the tokens of its rows and columns
 
@@ -70,7 +77,7 @@ class Pads(Protocol):
         """Take another id for padding."""
 
 
-class Task(LightningModule, Generic[B]):
+class Task(Described, LightningModule, Generic[B]):
     """A network with an optimizer, trained on batches of one kind.
 
     Args:
@@ -85,7 +92,8 @@ class Task(LightningModule, Generic[B]):
 
     Attributes:
         tokenizers: Those of the data or of the checkpoint; None before either is there.
-        settings: The task as a class path with arguments, which the command line sets.
+        settings: The task as a class path with arguments, which the command line sets; None where
+            it was built in Python, and its checkpoints describe what it was built with.
         stop_when_diverged: Whether training ends when a loss or gradient norm is not finite.
         logged: The last optimizer step whose metrics were logged, and these.
     """
@@ -113,6 +121,7 @@ class Task(LightningModule, Generic[B]):
         self.settings: dict[str, Any] | None = None
         self.stop_when_diverged = True
         self.logged: tuple[int, dict[str, float]] = (-1, {})
+        self._loaded_alone = False  # and in evaluation mode since
         self._train_sums: Tensor | None = None  # of whole steps since the last row of the log
         self._step_sums: Tensor | None = None  # of this one
         self._parts_seen = 0  # micro-batches of this step so far
@@ -220,7 +229,10 @@ class Task(LightningModule, Generic[B]):
     def record(self) -> dict[str, Any]:
         """All that using the weights needs: settings and tokenizers."""
         tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
-        return checkpoint_record(self.settings, tokenizers)
+        settings, undescribed = self.settings, NOTHING
+        if settings is None:
+            settings, undescribed = described_settings(self, without=("optimizer", "scheduler"))
+        return checkpoint_record(settings, tokenizers, undescribed=undescribed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put in the record, and what is needed to log the same when training is resumed."""
@@ -234,7 +246,11 @@ class Task(LightningModule, Generic[B]):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the checkpoint's tokenizers, or refuse if the data's differ."""
-        self.attach(Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"]))
+        tokenizers = Tokenizers.from_dict(checkpoint["tx_lightning"]["tokenizers"])
+        for tokenizer in (tokenizers.source, tokenizers.target):
+            check_rows(tokenizer, self.vocab_size)
+        self.attach(tokenizers)
+        self._loaded_alone = self._trainer is None
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         hold_configuration(self, checkpoint)
@@ -292,13 +308,67 @@ class Task(LightningModule, Generic[B]):
             self.network, self.optimizer, self.scheduler, layer_decay=self.layer_decay
         )
 
+    @_restricted_classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls: type[T],
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        *,
+        trust: str | Iterable[str] = (),
+        **changed: Any,
+    ) -> T:
+        """Rebuild the task of a checkpoint, in evaluation mode.
+
+        Args:
+            checkpoint_path: The file; its task must be of this class.
+            map_location: Where the tensors go, as in `torch.load`; None: where they were, if there
+                is such a device.
+            hparams_file: Not supported: a checkpoint has all settings.
+            strict: Whether all weights of task and file must have a partner.
+            weights_only: True: checkpoints are never read in another way.
+            trust: Packages whose classes the file may name, besides this class.
+            **changed: Arguments of the task that replace those in the file.
+
+        Raises:
+            ValueError: When the file is refused, or an argument.
+        """
+        if not isinstance(checkpoint_path, str | Path):
+            raise ValueError("checkpoint_path: give the name of a file")
+        if hparams_file is not None:
+            raise ValueError("hparams_file: a checkpoint has all settings; give what is to change")
+        if weights_only is False:
+            raise ValueError("weights_only=False: checkpoints hold nothing that would need it")
+        return rebuild(
+            checkpoint_path,
+            cls,
+            Trust.of(trust),
+            map_location=saved_location if map_location is None else map_location,
+            strict=strict,
+            changed=changed,
+        )
+
+    def train(self: T, mode: bool = True) -> T:
+        """Set the mode of all modules."""
+        if mode:
+            self._loaded_alone = False
+        return super().train(mode)
+
     # Training.
+
+    def on_fit_start(self) -> None:
+        """Train a task from `load_task` with dropout, unless parts of it were set to a mode."""
+        if self._loaded_alone and not any(module.training for module in self.modules()):
+            self.train()
 
     def on_train_start(self) -> None:
         """Spare several processes an exchange before each step: no buffer changes in training.
 
         Where a callback monitors the loss of training, it finds it after every step.
         """
+        check_states(self.trainer.optimizers)
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.broadcast_buffers = False

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.runs import shown
+from tx_lightning.trust import HELP, take_trust
 from tx_lightning.weights.exporting import export_checkpoint
 
 DESCRIPTION = """\
@@ -29,6 +30,8 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("checkpoint", type=str, help="A checkpoint of fit, average or import.")
     parser.add_argument("folder", type=str, help="The folder to write; a new one.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
+    trust, words = take_trust(words)
     if not words:
         parser.print_help()
         return 2
@@ -37,6 +40,6 @@ def main(words: Sequence[str]) -> int:
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error), words, parser)) from error
     folder = Path(options.folder)
-    exported = export_checkpoint(options.checkpoint, folder)
+    exported = export_checkpoint(options.checkpoint, folder, trust=trust.packages)
     print(exported.architecture, *exported.notes, shown(folder.absolute()), sep="\n")
     return 0

@@ -1,6 +1,6 @@
 """`export_weights`: a checkpoint becomes a folder that transformers loads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from tx_lightning.checkpoints import RECORD, load_task, read_checkpoint
+from tx_lightning.checkpoints import RECORD, load_task, read_checkpoint, require_finite
 from tx_lightning.data.tokenizers import Tokenizers
 from tx_lightning.decoding import Decoding, Greedy
 from tx_lightning.models import (
@@ -26,7 +26,7 @@ from tx_lightning.weights.folders import CONFIG, GENERATION, check_free, write_f
 from tx_lightning.weights.generation import write_continuation, write_translation
 from tx_lightning.weights.importing import FAMILIES, IMPORTED
 from tx_lightning.weights.plans import ExportPlan
-from tx_lightning.weights.rules import Tensors, require_finite
+from tx_lightning.weights.rules import Tensors
 from tx_lightning.weights.tokenizer_files import special_ids_of, tokenizer_documents
 
 
@@ -57,26 +57,30 @@ class Translates(Protocol):
     test_decoding: Decoding
 
 
-def export_weights(checkpoint: str | Path, folder: str | Path) -> str:
+def export_weights(
+    checkpoint: str | Path, folder: str | Path, *, trust: str | Iterable[str] = ()
+) -> str:
     """Write a checkpoint as a folder of Hugging Face; return the architecture it became.
 
     Args:
         checkpoint: Of `fit`, `average` or `import`.
         folder: It must not exist, or be empty.
+        trust: Packages whose classes the checkpoint may name, as in `load_task`.
 
     Raises:
-        CheckpointError: The checkpoint cannot be read.
-        WeightsError: No architecture there is what the network is, weights are not finite, or the
-            folder is not free.
+        CheckpointError: The checkpoint cannot be read, or its weights are not finite.
+        WeightsError: No architecture there is what the network is, or the folder is not free.
     """
-    return export_checkpoint(checkpoint, folder).architecture
+    return export_checkpoint(checkpoint, folder, trust=trust).architecture
 
 
-def export_checkpoint(checkpoint: str | Path, folder: str | Path) -> Exported:
+def export_checkpoint(
+    checkpoint: str | Path, folder: str | Path, *, trust: str | Iterable[str] = ()
+) -> Exported:
     """Export as `export_weights` does; return notes as well."""
     folder = Path(folder)
     check_free(folder)
-    task = load_task(checkpoint)
+    task = load_task(checkpoint, trust=trust)
     saved = read_checkpoint(checkpoint, lazily=True)
     record, imported = saved[RECORD], _imported(saved, checkpoint)
     network = _network(task)

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from tx_lightning.diagnosis import explain
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.runs import shown
+from tx_lightning.trust import HELP, take_trust
 from tx_lightning.weights.importing import import_weights
 
 DESCRIPTION = """\
@@ -25,6 +26,7 @@ def main(words: Sequence[str]) -> int:
         words: What follows `import`.
     """
     parser = _parser()
+    trust, words = take_trust(words)
     if not words:
         parser.print_help()
         return 2
@@ -33,7 +35,13 @@ def main(words: Sequence[str]) -> int:
     except ArgumentError as error:
         raise ConfigurationError(explain(str(error), words, parser)) from error
     output = Path(options.output)
-    imported = import_weights(options.source, output, task=options.task, n_texts=options.n_texts)
+    imported = import_weights(
+        options.source,
+        output,
+        task=options.task,
+        n_texts=options.n_texts,
+        trust=trust.packages,
+    )
     print(
         f"{imported.architecture} of {imported.parameters:,} parameters, as {imported.task}",
         *imported.notes,
@@ -54,6 +62,7 @@ def _parser() -> ArgumentParser:
         "the name of a model of the hub, such as openai-community/gpt2.",
     )
     parser.add_argument("--output", type=str, required=True, help="The checkpoint to write.")
+    parser.add_argument("--trust", type=str, action="append", help=HELP)
     parser.add_argument(
         "--task",
         type=str | None,

@@ -1,17 +1,20 @@
 """`import_weights`: a folder of Hugging Face becomes a checkpoint that every verb takes."""
 
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningModule
 
+from tx_lightning.building import build
 from tx_lightning.checkpoints import RECORD, checkpoint_record, write_atomically
+from tx_lightning.settings import approve_task
+from tx_lightning.trust import Trust
+from tx_lightning.walking import SettingsError
 from tx_lightning.weights import bert, gpt2, seq2seq
 from tx_lightning.weights.configuration import Arguments, Configuration
 from tx_lightning.weights.errors import WeightsError
@@ -53,7 +56,12 @@ class Imported:
 
 
 def import_weights(
-    folder_or_name: str, output: str | Path, *, task: str | None = None, n_texts: int = 1
+    folder_or_name: str,
+    output: str | Path,
+    *,
+    task: str | None = None,
+    n_texts: int = 1,
+    trust: str | Iterable[str] = (),
 ) -> Imported:
     """Write a checkpoint with the network, the weights and the tokenizers of a folder.
 
@@ -64,6 +72,7 @@ def import_weights(
         task: What to make of it, such as `Classification`, where it is open or the head is to be
             another.
         n_texts: How many texts a classifier takes at once, 1 or 2.
+        trust: Packages whose classes what is built may name, as in `load_task`.
 
     Raises:
         WeightsError: The folder cannot be read or represented.
@@ -85,10 +94,10 @@ def import_weights(
     tokenizers = read_tokenizers(folder, config, family)
     plan.table.check_names(tensors, where)
     with torch.device("meta"):  # no memory is allocated before the shapes match the file
-        built = build_task(plan.settings)
+        built = build_task(plan.settings, trust=trust)
     shapes = {n: t.shape for n, t in built.get_submodule("network").state_dict().items()}
     ours, kept = plan.table.read(tensors, shapes, where)
-    state, new = _state(built, ours, plan)
+    state, new = _state(built, ours, plan, trust)
     if new:
         notes.append(f"new, and to be trained: {listed(new)}")
     record = checkpoint_record(
@@ -207,30 +216,33 @@ def _settle(plan: ImportPlan, tensors: Tensors) -> tuple[ImportPlan, list[str]]:
     return replace(plan, table=replace(plan.table, rules=rules)), notes
 
 
-def build_task(settings: Arguments) -> LightningModule:
-    """Build the task; what stays new is the same each time."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(LightningModule, "task", fail_untyped=False)
+def build_task(settings: Arguments, *, trust: str | Iterable[str] = ()) -> LightningModule:
+    """Build the task; what stays new is the same each time.
+
+    Args:
+        settings: Its class path and arguments.
+        trust: Packages whose classes they may name.
+    """
+    where = "a task of these settings cannot be built"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            # A copy: the parser puts objects of its own into lists.
-            parsed = parser.parse_object({"task": deepcopy(settings)})
-            task = parser.instantiate(parsed).task
+            return build(approve_task(settings, Trust.of(trust), where), where)
+        except SettingsError as error:
+            raise WeightsError(str(error)) from error
         except ArgumentError as error:
-            reason = " ".join(str(error).split())
-            raise WeightsError(f"a task of these settings cannot be built: {reason}") from error
-    assert isinstance(task, LightningModule)
-    return task
+            raise WeightsError(f"{where}: {' '.join(str(error).split())}") from error
 
 
-def _state(task: LightningModule, ours: Tensors, plan: ImportPlan) -> tuple[Tensors, list[str]]:
+def _state(
+    task: LightningModule, ours: Tensors, plan: ImportPlan, trust: str | Iterable[str]
+) -> tuple[Tensors, list[str]]:
     """Build the state dict of a task; return the names of newly initialized tensors as well."""
     own = task.get_submodule("network").state_dict()
     new = [name for name in own if name not in ours]
     assert all(name.startswith(plan.new) for name in new), new
     if new:
-        initial = build_task(plan.settings).get_submodule("network").state_dict()
+        initial = build_task(plan.settings, trust=trust).get_submodule("network").state_dict()
         ours = {**ours, **{name: initial[name] for name in new}}
     # float32 copies that share no memory with the file; tied tensors stay tied.
     copies = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tx_lightning.checkpoints import not_finite
 from tx_lightning.weights.errors import WeightsError
 
 Tensors = dict[str, Tensor]
@@ -232,13 +233,8 @@ def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         WeightsError: A tensor has such a value.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            n = int((~tensor.float().isfinite()).sum())
-            raise WeightsError(
-                f"{where}: {name} has {n:,} of {tensor.numel():,} values that are not finite: the "
-                "training diverged or the file is damaged; use an earlier checkpoint"
-            )
+    if found := not_finite(tensors):
+        raise WeightsError(f"{where}: {found}: the training diverged or the file is damaged")
 
 
 def affine(rule: type[Rule], ours: str, *theirs: str) -> list[Rule]:
