@@ -137,8 +137,8 @@ class Guard:
     def _changed_names(self) -> Iterator[str]:
         for module, names in self._names:
             for name, value in names.replaced().items():
-                if name == RENEWED:
-                    continue
+                if name == RENEWED or (name.startswith("__") and not name.endswith("__")):
+                    continue  # the latter are of torch.compile
                 yield f"patched: {module.__name__}.{name}"
                 setattr(module, name, value)
 

@@ -38,7 +38,9 @@ class Probe(NamedTuple):
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """The environment without what pytest, and joblib when it is imported, set."""
+    theirs = ("PYTEST_CURRENT_TEST", "KMP_INIT_AT_FORK")
+    return {name: value for name, value in os.environ.items() if name not in theirs}
 
 
 def _set_environment(wanted: Mapping[str, str]) -> None:
@@ -64,11 +66,15 @@ def _set_signals(wanted: Mapping[str, Any]) -> None:
 
 
 def _loggers() -> dict[str, tuple[Any, ...]]:
-    """The settings of each logger, without the handlers of pytest."""
+    """The settings of each logger, without the handlers of pytest.
+
+    The one of torch.compile puts a handler aside once it has found that it has nothing to write.
+    """
     loggers = [x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger)]
     return {
         x.name: (x.level, x.propagate, x.disabled, _handlers(x), x.filters[:])
         for x in [logging.root, *loggers]
+        if x.name != "torch.__trace"
     }
 
 

@@ -23,6 +23,8 @@ from tx_lightning.metrics import CorpusBLEU
 from tx_lightning.sharding import whole
 from tx_lightning.tasks.task import Task
 
+TRUST = ["--trust", "tests"]  # consent to these classes
+
 
 class TinyTask(LightningModule):
     """Pulls a linear layer to zero.

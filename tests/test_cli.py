@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from tests import wandb_file
-from tests.stand_ins import TinyTask
+from tests.stand_ins import TRUST, TinyTask
 from tx_lightning import __version__, cli, commands
 from tx_lightning.__main__ import VERBS, main
 from tx_lightning.callbacks.progress_bar import ProgressBar
@@ -36,7 +36,6 @@ BASE = {
         "enable_model_summary": False,
     },
 }
-TRUST = ["--trust", "tests"]
 MID_EPOCH = "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 
 

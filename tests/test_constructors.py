@@ -113,7 +113,15 @@ SPECIAL: dict[type, dict[str, Any]] = {
     CoNLL: {"train": "a.conll"},
 }
 # They are made by the package, with what only a run or another class has.
-NOT_NAMED = {"Embedding", "GracefulStop", "LabelScores", "LabelTask", "MetricsFile", "Task"}
+NOT_NAMED = {
+    "Embedding",
+    "GracefulStop",
+    "LabelScores",
+    "LabelTask",
+    "MetricsFile",
+    "Reconstruction",
+    "Task",
+}
 
 
 def classes() -> Iterator[type]:

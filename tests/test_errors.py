@@ -51,10 +51,6 @@ def callback(name: str, **arguments: object) -> list[str]:
         ),
         (callback("BatchSizeFinder"), "Field batch_size not found"),
         (
-            [*callback("LearningRateMonitor"), "--trainer.logger=false"],
-            "that has no logger",
-        ),
-        (
             ["--trainer.limit_train_batches=0.001"],
             "Please increase the `limit_train",
         ),

@@ -56,9 +56,9 @@ def test_an_old_language_model_with_sinusoids_computes_what_it_did(tmp_path: Pat
     }
     settings = {
         "class_path": "tx_lightning.tasks.LanguageModeling",
-        "init_args": {"vocab_size": 20, "network": network},
+        "init_args": {"vocab_size": 120, "network": network},
     }
-    model = LanguageModel(20, **SIZES, positions=partial(SinusoidalPositions, scale=1.0))  # type: ignore[arg-type]
+    model = LanguageModel(120, **SIZES, positions=partial(SinusoidalPositions, scale=1.0))  # type: ignore[arg-type]
     record = read_checkpoint(FILES / "format-1.ckpt")[RECORD]
     assert record["format"] == 1
     checkpoint = {

@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedules": set(),
     **dict.fromkeys(FILES, FILES | {"described"}),
     "sharding": set(),
-    "tasks": PARTS | {"checkpoints", "described", "rebuilding", "sharding", "trust"},
+    "tasks": PARTS | FILES | {"described", "sharding"},
     "callbacks": PARTS | FILES | {"tasks"},
     "weights": {"nn", "models", "data", "decoding"} | FILES,  # tasks are named by their class path
 }

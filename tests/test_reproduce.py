@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from tests.test_cli import BASE, TRUST
+from tests.stand_ins import TRUST
+from tests.test_cli import BASE
 from tx_lightning import cli
 from tx_lightning.__main__ import main
 from tx_lightning.checkpoints import read_checkpoint
@@ -43,7 +44,7 @@ def test_the_same_run_comes_out_the_same(run: Path, capsys: pytest.CaptureFixtur
     assert main(["reproduce", str(run), *TRUST]) == 0
     *_, metrics, weights, verdict = capsys.readouterr().out.splitlines()
     again = next(folder for folder in run.parent.iterdir() if folder.name != run.name)
-    assert metrics == "metrics: 6 values up to step 19, all the same"
+    assert metrics == "metrics: 6 values up to step 20, all the same"
     assert weights == "weights: 2 tensors at step 20, all the same"
     assert verdict == f"reproduced: {run} and {again} are the same"
     assert len(read_starts(again)) == 1
@@ -54,7 +55,7 @@ def test_another_configuration_is_named(run: Path, capsys: pytest.CaptureFixture
     config.write_text(config.read_text().replace("lr: 0.05", "lr: 0.06"))
     assert main(["reproduce", str(run), *TRUST]) == 1
     said = capsys.readouterr().out
-    assert "metrics: 2 of 6 values up to step 19 differ, the first at step 9: val/loss was" in said
+    assert "metrics: 2 of 6 values up to step 20 differ, the first at step 10: val/loss was" in said
     assert "weights: 2 of 2 tensors at step 20 differ, layer.weight by up to 0.0" in said
     assert f"not reproduced: {run} and " in said
     assert "inputs: config.model.init_args.lr was 0.05, is now 0.06\n" in said
@@ -72,7 +73,7 @@ def test_other_results_of_the_same_inputs_are_no_reproduction(
     torch.save(checkpoint, path)
     assert main(["reproduce", str(run), *TRUST]) == 1
     said = capsys.readouterr().out
-    assert "metrics: 6 values up to step 19, all the same" in said
+    assert "metrics: 6 values up to step 20, all the same" in said
     assert "weights: 1 of 2 tensors at step 20 differ, layer.bias by up to" in said
     assert "inputs: configuration, versions, hardware, code and data are the same" in said
 
@@ -85,7 +86,7 @@ def test_a_metric_that_is_gone_is_a_difference(
     del rows[0]["val/bleu"]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["reproduce", str(run), *TRUST]) == 1
-    assert "step 9: val/bleu was nothing, is now" in capsys.readouterr().out
+    assert "step 10: val/bleu was nothing, is now" in capsys.readouterr().out
 
 
 def test_what_cannot_be_reproduced_is_refused(

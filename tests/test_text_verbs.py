@@ -220,13 +220,14 @@ def test_devices_that_are_there_are_known_by_kind_and_number(
 OPTIONS = {
     "translate": (
         "decoding beam_size n_best length_penalty batch_size batch_tokens device "
-        "decoding.max_length_ratio decoding.max_length_offset decoding.filters decoding.class_path"
+        "decoding.max_length_ratio decoding.max_length_offset decoding.filters decoding.class_path "
+        "trust"
     ).split(),
     "generate": (
         "decoding max_new_tokens past_context stride new_document stop_at_end json batch_size "
-        "batch_tokens device temperature top_k top_p min_p n_samples seed beam_size n_best"
+        "batch_tokens device temperature top_k top_p min_p n_samples seed beam_size n_best trust"
     ).split(),
-    "classify": "all json batch_size batch_tokens device".split(),
+    "classify": "all json batch_size batch_tokens device trust".split(),
 }
 ODD = ["0", "-1", ".nan", "1e300", "1" + 18 * "0", "", "x", "null", "[]", "true"]
 # What is not refused: it means something.
@@ -251,6 +252,9 @@ FINE = {
     ("stop_at_end", "true"),
     ("json", "true"),
     ("all", "true"),
+    ("trust", "x"),
+    ("trust", "null"),
+    ("trust", "true"),
 }
 
 

@@ -37,7 +37,7 @@ from wandb.cli import cli as commands
 from wandb.sdk import wandb_setup
 
 from tests import wandb_file
-from tests.stand_ins import TinyData, TinyTask
+from tests.stand_ins import TRUST, TinyData, TinyTask
 from tests.wandb_server import WandbServer
 from tx_lightning import loggers
 from tx_lightning.__main__ import main
@@ -711,7 +711,7 @@ def test_a_resumed_run_logs_no_checkpoint_twice(log_model: Any) -> None:
         LAST,
         "averaged.ckpt",
     }
-    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "2"]) == 0
+    assert main(["fit", "--resume", "run", *TRUST, "--trainer.max_epochs", "2"]) == 0
     found = artifacts(Path("run"))
     files = [(about(artifact), artifact.manifest.contents[0].digest) for artifact in found]
     assert len(set(files)) == len(files) == 6
@@ -837,7 +837,7 @@ def test_after_a_resume_the_summary_knows_the_best_before_it() -> None:
     every = {"class_path": SAVING["class_path"], "init_args": {"save_top_k": -1}}
     words = run_file("run", max_epochs=2, callbacks=[every, {"class_path": f"{__name__}.NaNAt"}])
     assert main(words) == 0
-    assert main(["fit", "--resume", "run", "--trainer.max_epochs", "3"]) == 0
+    assert main(["fit", "--resume", "run", *TRUST, "--trainer.max_epochs", "3"]) == 0
     assert histories(Path("run"))[0]["val/bleu"] == 2
     rows = read_metrics(Path("run/metrics.jsonl"))
     assert [math.isnan(row["val/bleu"]) for row in rows] == [False, True, True]
@@ -947,7 +947,8 @@ def test_what_is_said_is_true_in_each_mode(
 
     def said(*words: str) -> list[str]:
         wandb.teardown()
-        resume = ["--resume", "run"] if Path("run").exists() else run_file("run", logger={})[1:]
+        begun = Path("run").exists()
+        resume = ["--resume", "run", *TRUST] if begun else run_file("run", logger={})[1:]
         epochs = str(1 + len(list(Path("run").glob("wandb/offline-*"))))
         assert main(["fit", *resume, "--trainer.max_epochs", epochs, *words]) == 0
         lines = capsys.readouterr().out.splitlines()

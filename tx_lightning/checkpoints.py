@@ -176,7 +176,7 @@ def require_finite(tensors: Mapping[str, Any], where: str) -> None:
         where: What they are of, for the error.
 
     Raises:
-        CheckpointError: One of them holds nan or infinity.
+        CheckpointError: One of them has such a value.
     """
     if found := not_finite(tensors):
         raise CheckpointError(

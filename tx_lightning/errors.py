@@ -77,8 +77,8 @@ def _found_by_library(error: BaseException) -> str | None:
     handed_over = begun > 0 and files[begun - 1] in HANDING_OVER
     if not handed_over or not isinstance(error, ValueError | RuntimeError | ImportError):
         return None
-    if frames[-1].f_code.co_name == "load_state_dict":
-        kind, *faults = [line.strip() for line in str(error).splitlines()]
+    kind, *faults = [line.strip() for line in str(error).splitlines()] or [""]
+    if frames[-1].f_code.co_name == "load_state_dict" and faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         task = kind.rpartition(" ")[2].rstrip(":")
         return (

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule
 
+from tx_lightning.configuration import read_yaml
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.runs import shown
 from tx_lightning.trust import Trust
-from tx_lightning.walking import Approved, SettingsError, TooMuch, Walk, read_yaml
+from tx_lightning.walking import Approved, SettingsError, TooMuch, Walk
 
 
 def approve_task(settings: Any, trust: Trust, where: str) -> Approved:
@@ -59,12 +59,7 @@ def check_run(config: Path, trust: Trust) -> Approved:
         ConfigurationError: It names something that may not be built, or is no configuration.
     """
     try:
-        sections = read_yaml(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{shown(config)} is not YAML: {reason}") from error
-    try:
-        return approve_run(sections, trust, shown(config), config.parent)
+        return approve_run(read_yaml(config), trust, shown(config), config.parent)
     except SettingsError as error:
         raise ConfigurationError(str(error)) from None
 

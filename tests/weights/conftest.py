@@ -27,6 +27,7 @@ OWN: dict[str, dict[str, Any]] = {
         "kind": "marian",
         "share_embeddings": False,
         "scale_embeddings": False,
+        "positions": hf.AS_LARGE_AS_1,
         "output_bias": True,
         "unused": 3,
     },

@@ -203,6 +203,7 @@ def sentence_pieces(folder: Path) -> int:
 GERMAN = "ein zwei drei vier fünf sechs sieben acht neun zehn elf Katze Hund Straße geht".split()
 ENGLISH = "one two three four five six seven eight nine ten eleven cat dog street walks".split()
 HALVES = {"class_path": "tx_lightning.nn.SinusoidalPositions", "init_args": {"layout": "halves"}}
+AS_LARGE_AS_1 = {**HALVES, "init_args": {"layout": "halves", "scale": 1.0}}  # whatever the tokens
 KINDS: dict[str, dict[str, Any]] = {
     "marian": {"positions": HALVES},
     "bart": {

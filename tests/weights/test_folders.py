@@ -378,17 +378,21 @@ def test_a_norm_of_another_kind_is_refused(name: str, norm: Any) -> None:
     [
         ({"positions": OwnPositions}, "its positions is OwnPositions"),
         ({"feed_forward": OwnFeedForward}, "its feed_forward is OwnFeedForward"),
-        ({"n_layers": 0}, "layers is 0"),
     ],
 )
 def test_classes_of_a_researcher_are_refused(name: str, options: Any, line: str) -> None:
     if name == "EncoderDecoder":
         defaults = {"positions": LearnedPositions, "embedding_norm": nn.LayerNorm}
         options = {**defaults, **options}
-        if "n_layers" in options:
-            options["n_encoder_layers"] = options.pop("n_layers")
     with pytest.raises(WeightsError, match=line):
         describe(build(name, **options))
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_without_layers_is_refused(stack: str) -> None:
+    options = {"positions": LearnedPositions, f"n_{stack}_layers": 0}
+    with pytest.raises(WeightsError, match=f"n_{stack}_layers is 0"):
+        describe(build("EncoderDecoder", **options))
 
 
 @pytest.mark.parametrize(

@@ -234,9 +234,6 @@ def own(path: Path, **changes: Any) -> EncoderDecoder:
     return network
 
 
-AS_LARGE_AS_1 = {**hf.HALVES, "init_args": {"layout": "halves", "scale": 1.0}}
-
-
 @pytest.mark.parametrize("changes", [{}, {"output_bias": True, "scale_embeddings": False}])
 def test_a_model_trained_here_may_be_a_bart(changes: dict[str, Any], tmp_path: Path) -> None:
     network = own(tmp_path / "own.ckpt", **changes)
@@ -265,7 +262,7 @@ def test_a_model_trained_here_may_be_a_bart(changes: dict[str, Any], tmp_path: P
     [
         {},
         {"share_embeddings": False},
-        {"output_bias": True, "scale_embeddings": False, "positions": AS_LARGE_AS_1},
+        {"output_bias": True, "scale_embeddings": False, "positions": hf.AS_LARGE_AS_1},
     ],
 )
 def test_a_model_trained_here_may_be_a_marian(changes: dict[str, Any], tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tx_lightning.tasks.companions import number_steps
-
 
 class DueValidation(Callback):
     """When a run is resumed, does first the validation that the interrupted run had left to do.
@@ -43,7 +41,6 @@ def validate(trainer: Trainer) -> None:
     """Validate as the training loop does."""
     validation = trainer.fit_loop.epoch_loop.val_loop
     validation.restarting = False
-    number_steps(trainer, trainer.global_step)
     trainer.validating = True
     validation.run()
     trainer.training = True

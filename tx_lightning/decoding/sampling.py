@@ -114,7 +114,7 @@ class _Uniforms:
         ]
         self._device = problem.device
         self._first = 0  # the step of the first column
-        self._numbers = torch.empty(0, 0)
+        self._numbers = torch.empty(0, 0, device=problem.device)
 
     def at(self, step: int) -> Tensor:
         """Return the numbers (B * n_samples,) of a step; steps only go forward."""

@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     Timer,
 )
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
     _LoggerConnector,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from tx_lightning.checkpoints import read_checkpoint, resumable_checkpoints
@@ -48,8 +48,25 @@ class StepNumbers(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._logger_connector.__class__ = _NumberedConnector
-        loop: Any = trainer.fit_loop.epoch_loop
-        loop.reset = partial(_reset_and_number, loop)
+        number_steps(trainer, trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        number_steps(trainer, trainer.global_step + 1)  # a run that goes on inside an epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        number_steps(trainer, trainer.global_step + 1)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        number_steps(trainer, trainer.global_step + 1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            number_steps(trainer, trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        number_steps(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         number_steps(trainer, trainer.global_step)
@@ -65,11 +82,6 @@ class _NumberedConnector(_LoggerConnector):
             return super().should_update_logs
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
         return step % every == 0 or self.trainer.should_stop
-
-
-def _reset_and_number(loop: _TrainingEpochLoop) -> None:
-    type(loop).reset(loop)
-    loop._batches_that_stepped = loop.global_step + 1
 
 
 def number_steps(trainer: Trainer, step: int) -> None:

@@ -207,8 +207,6 @@ def describe(network: MaskedLanguageModel | Classifier | Tagger) -> ExportPlan:
         WeightsError: BERT has no such network.
     """
     encoder = network.encoder
-    if not encoder.layers:
-        raise not_representable("BERT", "n_layers", "0", "1 and more")
     first, positions = encoder.layers[0], encoder.positions
     norms = [
         encoder.embedding.norm,

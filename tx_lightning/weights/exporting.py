@@ -82,7 +82,7 @@ def export_checkpoint(
     check_free(folder)
     task = load_task(checkpoint, trust=trust)
     saved = read_checkpoint(checkpoint, lazily=True)
-    record, imported = saved[RECORD], _imported(saved, checkpoint)
+    record, imported = saved[RECORD], _imported(saved)
     network = _network(task)
     plan = describe(network)
     tokenizers = Tokenizers.from_dict(record["tokenizers"])
@@ -112,13 +112,10 @@ def export_checkpoint(
     return Exported(architecture, notes + _for_ctranslate2(plan, tokenizers, state))
 
 
-def _imported(saved: Mapping[str, Any], checkpoint: str | Path) -> dict[str, dict[str, Any]]:
+def _imported(saved: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What `import` kept of a folder in order to write it again; empty for other checkpoints."""
     entry = saved.get(IMPORTED, {})
-    names = ("config", "generation", "kept")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(n, {}), dict) for n in names):
-        raise WeightsError(f"checkpoint {checkpoint}: its entry {IMPORTED!r} is damaged")
-    return {name: entry.get(name, {}) for name in names}
+    return {name: entry.get(name, {}) for name in ("config", "generation", "kept")}
 
 
 def _network(task: LightningModule) -> nn.Module:

@@ -108,8 +108,6 @@ def describe(network: LanguageModel) -> ExportPlan:
     Raises:
         WeightsError: GPT-2 has no such network.
     """
-    if not network.layers:
-        raise not_representable("GPT-2", "n_layers", "0", "1 and more")
     first, positions = network.layers[0], network.positions
     residuals = (first.attention_residual, first.feed_forward_residual)
     eps = norm_eps([*(residual.norm for residual in residuals), network.final_norm])
