@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from jsonargparse import _actions as parser_actions
 from jsonargparse import _typehints as parser_types
 from lightning.pytorch import LightningModule
 
-from tx_lightning.configuration import ConfigurationParser
+from tx_lightning.configuration import ConfigurationParser, dumped, load_yaml
 from tx_lightning.trust import is_dotted
 from tx_lightning.walking import Approved, SettingsError
 
@@ -153,7 +152,6 @@ def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     parser = ConfigurationParser()
     parser.add_subclass_arguments(LightningModule, "task", fail_untyped=False)
     parsed = parser.parse_object({"task": copy.deepcopy(dict(settings))})
-    text = parser.dump(parsed, format="json", skip_unset=False, skip_link_targets=False)
-    found = json.loads(text)["task"]
+    found = load_yaml(dumped(parser, parsed, links=True))["task"]
     assert isinstance(found, dict)
     return found

@@ -8,6 +8,7 @@ cannot be set apart from them: the model's `vocab_size` from the data's, the dat
 
 import contextlib
 import copy
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -49,7 +49,9 @@ from tx_lightning.configuration import (
     ConfigurationParser,
     DuplicateKey,
     differences,
+    dumped,
     given,
+    load_yaml,
     upgraded_settings,
     without_option,
 )
@@ -133,12 +135,17 @@ class CommandLine(LightningCLI):
                 "use_distributed_sampler": False,
                 "enable_autolog_hparams": False,
             },
-            parser_kwargs=_parser_options(run),
+            parser_kwargs=_parser_options(self.verb),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=list(words),
             run=run,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb alone: a parser of each would take as long again as all the rest."""
+        every = LightningCLI.subcommands()
+        return {self.verb: every[self.verb]} if self.verb in every else every
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -402,10 +409,14 @@ class CommandLine(LightningCLI):
             tree = {self.verb: section} if self.verb else section
             self.config = self.parser.parse_object(tree, self.config)
 
+    @functools.cached_property
+    def written(self) -> dict[str, Any]:
+        """The verb's configuration, which is final by now, as plain values."""
+        return self._plain(self.config)
+
     def _plain(self, config: Any) -> dict[str, Any]:
         """The verb's configuration as plain values, complete, linked ones included."""
-        text = self.parser.dump(config, skip_unset=False, skip_link_targets=False, format="yaml")
-        tree = yaml.safe_load(text)
+        tree = load_yaml(dumped(self.parser, config, links=True))
         plain = tree[self.verb] if self.verb else tree
         assert isinstance(plain, dict)
         return plain
@@ -442,7 +453,7 @@ class CommandLine(LightningCLI):
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
                 logger.open_in(self.folder, self.verb or "build")
-        trainer.callbacks.insert(0, RunRecord(self._plain(self.config), self.folder))
+        trainer.callbacks.insert(0, RunRecord(self.written, self.folder))
         trainer.callbacks.insert(0, DueValidation())
         trainer.callbacks.insert(0, StepNumbers())
         trainer.callbacks.append(GracefulStop(self.folder, self._resume_words(self.folder)))
@@ -472,7 +483,7 @@ class CommandLine(LightningCLI):
 
     def _resume_words(self, folder: Path) -> str:
         """The command that goes on with this run, with the consent that it will need."""
-        trusted = trust_words(packages_of(self._plain(self.config)))
+        trusted = trust_words(packages_of(self.written))
         return f"tx-lightning fit --resume {shown(folder)}{trusted}"
 
     def _run_name(self) -> str:
@@ -491,7 +502,7 @@ class CommandLine(LightningCLI):
         for key in ONE_VERB:  # so that the file serves every verb
             section.pop(key, None)
         parser = self._parser(self.verb)
-        text = parser.dump(section, skip_unset=False, format="yaml")
+        text = dumped(parser, section)
         header = f"# tx-lightning {__version__}: {' '.join(sys.argv[1:])}\n"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(header + text, encoding="utf-8")
@@ -499,7 +510,7 @@ class CommandLine(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         if isinstance(self.model, Rebuildable):
-            self.model.settings = self._plain(self.config)["model"]
+            self.model.settings = copy.deepcopy(self.written["model"])
         if isinstance(self.model, Task):
             self.model.stop_when_diverged = self._section().on_divergence == "stop"
         path = self._section().pretrained
@@ -637,12 +648,10 @@ class CommandLine(LightningCLI):
                 logger.go_on(rows, read_metrics(metrics) if metrics.exists() else [])
 
 
-def _parser_options(run: bool) -> dict[str, Any]:
+def _parser_options(verb: str | None) -> dict[str, Any]:
     """Have the parsers raise what they refuse, so that it can be explained; no abbreviations."""
     options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
-    if not run:
-        return options
-    return {"prog": "tx-lightning", **options, **dict.fromkeys(LightningCLI.subcommands(), options)}
+    return options if verb is None else {"prog": "tx-lightning", **options, verb: options}
 
 
 def _has_class(values: dict[str, Any], key: str) -> bool:

@@ -213,6 +213,21 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
+def dumped(parser: LightningArgumentParser, config: Namespace, *, links: bool = False) -> str:
+    """The YAML text of what this parser has parsed, which it does not check a second time.
+
+    Args:
+        parser: Of a verb, or of all.
+        config: What it made of words and files.
+        links: Whether values that follow from others are written too.
+    """
+    text = parser.dump(
+        config, format="yaml", skip_unset=False, skip_validation=True, skip_link_targets=not links
+    )
+    assert isinstance(text, str)
+    return text
+
+
 def _refuse_duplicates(node: yaml.Node | None, path: tuple[str, ...], seen: set[int]) -> None:
     if node is None or id(node) in seen:  # an alias is the node that it names
         return

@@ -135,11 +135,11 @@ def test_samples_follow_the_probabilities(listed: int, monkeypatch: pytest.Monke
 
 
 def test_the_description_tells_grammars_apart(grammar: SynchronousGrammar) -> None:
-    assert SynchronousGrammar(RULES).description() == grammar.description()
+    assert SynchronousGrammar(RULES).description == grammar.description
     heavier = [*RULES[:-1], Rule("Verb", 5, RULES[-1].fields)]
     other_word = [*RULES[:-1], Rule("Verb", 4, {**RULES[-1].fields, "en": "flees"})]
     for rules in (heavier, other_word):
-        assert SynchronousGrammar(rules).description() != grammar.description()
+        assert SynchronousGrammar(rules).description != grammar.description
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ class Grammar(ParallelSource):
         identity = (
             _VERSION,
             _SHARES,
-            language().description(),
+            language().description,
             split,
             self.sizes[split],
             self.seed,

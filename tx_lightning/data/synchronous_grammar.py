@@ -13,6 +13,7 @@ import re
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, product
 from typing import NamedTuple
 
@@ -220,6 +221,7 @@ class SynchronousGrammar:
                     trie.add(production, variant, template)
         return self._tries[symbol, field]
 
+    @cached_property
     def description(self) -> str:
         """The whole grammar as text: equal for equal grammars, different for different ones."""
         return json.dumps([_LISTED, self.start, self.productions], ensure_ascii=False)

@@ -119,6 +119,7 @@ class Task(Described, LightningModule, Generic[B]):
         self.layer_decay = layer_decay
         self.tokenizers: Tokenizers | None = None
         self.settings: dict[str, Any] | None = None
+        self._described: tuple[dict[str, Any] | None, Mapping[str, str]] | None = None
         self.stop_when_diverged = True
         self.logged: tuple[int, dict[str, float]] = (-1, {})
         self._loaded_alone = False  # and in evaluation mode since
@@ -231,7 +232,9 @@ class Task(Described, LightningModule, Generic[B]):
         tokenizers = None if self.tokenizers is None else self.tokenizers.to_dict()
         settings, undescribed = self.settings, NOTHING
         if settings is None:
-            settings, undescribed = described_settings(self, without=("optimizer", "scheduler"))
+            if self._described is None:
+                self._described = described_settings(self, without=("optimizer", "scheduler"))
+            settings, undescribed = self._described
         return checkpoint_record(settings, tokenizers, undescribed=undescribed)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
