@@ -38,8 +38,9 @@ class DeviceGuard:
         waits: Where the host waited for the device, each time: an operator, a file and a line.
     """
 
-    def __init__(self, allowed: int) -> None:
+    def __init__(self, allowed: int, *, float64: bool = False) -> None:
         self.allowed = allowed
+        self.float64 = float64
         self.waits: list[str] = []
 
     def wait(self, what: str) -> None:
@@ -50,18 +51,19 @@ class DeviceGuard:
 
 
 @contextmanager
-def device_guard(allowed_waits: int = 0) -> Iterator[DeviceGuard]:
+def device_guard(allowed_waits: int = 0, *, float64: bool = False) -> Iterator[DeviceGuard]:
     """Refuse waits for the device, float64, and tensors made without saying on which device.
 
     It runs on a CPU and looks at each operator and at each call of torch from this package.
 
     Args:
         allowed_waits: How often the host may wait for the device.
+        float64: Whether there may be numbers of that type, which NVIDIA's devices have.
 
     Raises:
         DeviceError: Where one of these happens.
     """
-    guard = DeviceGuard(allowed_waits)
+    guard = DeviceGuard(allowed_waits, float64=float64)
     calls, run = _Calls(guard), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -89,7 +91,7 @@ class _Operators(TorchDispatchMode):
         elif _selects_by_mask(name, args) or (name == "repeat_interleave" and len(args) == 1):
             self.guard.wait(f"{name} by a mask or by numbers on the device")
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in [] if self.guard.float64 else tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.dtype in (torch.float64, torch.complex128):
                 where = _line(sys._getframe())
                 raise DeviceError(f"{name} makes a {leaf.dtype}, which Apple's lack: {where}")

@@ -157,18 +157,10 @@ class Classification(LabelTask[ClassificationBatch]):
         logits = self._logits(batch.ids, batch.segments, padded=batch.padded)
         scores.update(self._loss(logits, batch.labels), logits, batch.labels, batch.labelled)
         names = self.require_labels()
-        found = logits.float().softmax(-1).max(-1)
-        columns = (
-            batch.texts,
-            batch.labels.tolist(),
-            found.indices.tolist(),
-            found.values.tolist(),
-        )
+        rows = zip(batch.texts, _columns(logits, batch.labels), batch.indices, strict=True)
         self.judged += [
-            Judged(texts, names[label], names[predicted], probability, index)
-            for texts, label, predicted, probability, index in zip(
-                *columns, batch.indices, strict=True
-            )
+            Judged(texts, names[int(label)], names[int(predicted)], probability, index)
+            for texts, (probability, predicted, label), index in rows
             if label != IGNORED
         ]
         self.judged = sorted(self.judged, key=lambda judged: judged.order)[:KEPT]
@@ -187,14 +179,10 @@ class Classification(LabelTask[ClassificationBatch]):
     ) -> list[tuple[int, list[Answer]]]:
         """Return for each text its index and its most probable label."""
         names = self.require_labels()
-        found = (
-            self._logits(batch.ids, batch.segments, padded=batch.padded).float().softmax(-1).max(-1)
-        )
+        logits = self._logits(batch.ids, batch.segments, padded=batch.padded)
         answers = [
-            [Answer(f"{names[label]}\t{probability:.4f}", probability)]
-            for label, probability in zip(
-                found.indices.tolist(), found.values.tolist(), strict=True
-            )
+            [Answer(f"{names[int(label)]}\t{probability:.4f}", probability)]
+            for probability, label in _columns(logits)
         ]
         return list(zip(batch.indices, answers, strict=True))
 
@@ -284,3 +272,14 @@ def _weights(asked: list[float] | Literal["balanced"] | None, n_classes: int) ->
     if not all(math.isfinite(weight) and weight >= 0 for weight in asked) or not any(asked):
         raise ValueError(f"class_weights={asked} must be numbers from 0 up, not all of them 0")
     return torch.tensor(asked, dtype=torch.float32)
+
+
+def _columns(logits: Tensor, *more: Tensor) -> list[list[float]]:
+    """The probability and the number of each row's best class, and what else there is of rows.
+
+    All of it in one transfer to the host; the numbers of classes are exact in float32.
+    """
+    best = logits.float().softmax(-1).max(-1)
+    columns = (best.values, best.indices, *more)
+    rows: list[list[float]] = torch.stack([column.float() for column in columns], -1).tolist()
+    return rows

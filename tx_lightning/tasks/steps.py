@@ -206,5 +206,9 @@ def log_metrics(
     """
     for logger in trainer.loggers if loggers else []:
         logger.log_metrics(dict(metrics), step=step)
-    held = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-    trainer.callback_metrics.update(held)
+    trainer.callback_metrics.update(
+        {
+            name: torch.tensor(value, dtype=torch.float64, device="cpu")
+            for name, value in metrics.items()
+        }
+    )

@@ -5,6 +5,7 @@ Shapes: B batch, T length, N words, C tags.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -133,13 +134,16 @@ class Tagging(LabelTask[TaggingBatch]):
     def _evaluate(self, batch: TaggingBatch, scores: LabelScores) -> None:
         logits, labels = selected(batch.places, self._logits(batch), batch.labels)
         scores.update(self._loss(logits, labels), logits, labels, batch.labelled)
-        names, sizes = self.require_labels(), (batch.labels != IGNORED).sum(1).tolist()
-        tags, predicted = labels.split(sizes), logits.argmax(-1).split(sizes)
-        for words, of_row, found, index in zip(
-            batch.words, tags, predicted, batch.indices, strict=True
-        ):
-            gold, given = ([names[i] for i in part.tolist()] for part in (of_row, found))
-            self.rows.append(TaggedRow(words[: len(gold)], gold, given, index))
+        names = self.require_labels()
+        sizes = (batch.labels != IGNORED).sum(1)
+        # In one transfer to the host.
+        numbers = torch.cat((sizes, labels, logits.argmax(-1))).tolist()
+        rows = iter(numbers[: len(sizes)])
+        tags = iter([names[i] for i in numbers[len(sizes) : len(sizes) + len(labels)]])
+        predicted = iter([names[i] for i in numbers[len(sizes) + len(labels) :]])
+        for words, size, index in zip(batch.words, rows, batch.indices, strict=True):
+            gold, given = list(islice(tags, size)), list(islice(predicted, size))
+            self.rows.append(TaggedRow(words[:size], gold, given, index))
         self.rows = sorted(self.rows, key=lambda row: (-row.wrong, row.index))[:KEPT]
 
     def sample_rows(self, n: int) -> list[Row]:
