@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         Characters,
         Tokenizer,
         Tokenizers,
+        TokenizerTrainer,
         Unigram,
         Words,
     )
@@ -92,7 +93,15 @@ _MODULES = {
         "TextSource",
         "TinyShakespeare",
     ],
-    "tokenizers": ["ByteLevelBPE", "Characters", "Tokenizer", "Tokenizers", "Unigram", "Words"],
+    "tokenizers": [
+        "ByteLevelBPE",
+        "Characters",
+        "Tokenizer",
+        "TokenizerTrainer",
+        "Tokenizers",
+        "Unigram",
+        "Words",
+    ],
     "translation": ["TranslationData"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -139,6 +148,7 @@ __all__ = [
     "TextsOf",
     "TinyShakespeare",
     "Tokenizer",
+    "TokenizerTrainer",
     "Tokenizers",
     "TranslationBatch",
     "TranslationData",
