@@ -24,6 +24,7 @@ from torch.optim import SGD, lr_scheduler
 import tx_lightning.tasks
 from tests import small
 from tests.small import MAKERS, Rows, make, make_trainer, sgd
+from tx_lightning.callbacks import AttentionLogger, SampleLogger
 from tx_lightning.data.errors import DataError
 from tx_lightning.data.tokenizers import SpecialIds, Tokenizer, Tokenizers
 from tx_lightning.errors import ConfigurationError
@@ -239,6 +240,29 @@ def test_the_batch_size_finder_reports_what_it_tried(name: str, tmp_path: Path) 
         trainer.fit(task, datamodule=data)
     # Lightning tries its first size with the loader that is there, of 128.
     assert finder.optimal_batch_size == data.batch_tokens == max(tried) == 256
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_looks_for_validation_lives_without_it(name: str, tmp_path: Path) -> None:
+    task, data = make(name)
+    data.val_split = "nothing"
+    callbacks = [
+        LearningRateFinder(1e-5, 1, num_training_steps=5),
+        *(kind() for kind in (AttentionLogger, SampleLogger)),
+    ]
+    make_trainer(tmp_path, max_steps=1, callbacks=callbacks).fit(task, datamodule=data)
+    assert not (tmp_path / "attention").exists()
+    assert list(data.val_dataloader()) == []
+    with pytest.raises(ValueError, match="examples of validation, which is not there"):
+        make_trainer(tmp_path, callbacks=[AttentionLogger(every_n_steps=1)]).fit(task, data)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_batch_size_finder_is_told_the_name(name: str, tmp_path: Path) -> None:
+    task, data = make(name)
+    with pytest.raises(ConfigurationError, match="set its batch_arg_name to batch_tokens"):
+        make_trainer(tmp_path, callbacks=[BatchSizeFinder()]).fit(task, datamodule=data)
 
 
 class FirstSteps(Callback):

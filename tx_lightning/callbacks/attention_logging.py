@@ -77,7 +77,14 @@ class AttentionLogger(Callback):
             raise ValueError(
                 f"AttentionLogger cannot draw the maps of a {type(pl_module).__name__}"
             )
-        _chosen("examples", self.examples, range(_data(trainer).n_examples))
+        data = _data(trainer)
+        if data.val_split in data.stores:
+            _chosen("examples", self.examples, range(data.n_examples))
+        elif self.every_n_steps is not None:
+            raise ValueError(
+                "AttentionLogger draws examples of validation, which is not there: raise "
+                "trainer.limit_val_batches, or leave every_n_steps out"
+            )
         network = pl_module.network
         attentions = recordable_attentions(network)
         stacks = _stacks(attentions)

@@ -264,9 +264,13 @@ class TextData(LightningDataModule, ABC, Generic[S, B]):
             trainer=self.trainer,
         )
 
-    def val_dataloader(self) -> BatchLoader[B]:
-        """The whole validation split once, over all ranks."""
-        return self.evaluation_loader(self.val_store)
+    def val_dataloader(self) -> BatchLoader[B] | list[B]:
+        """The whole validation split once, over all ranks; no batches where it is not used.
+
+        `LearningRateFinder` asks for it even then.
+        """
+        used = self.val_split in self.stores
+        return self.evaluation_loader(self.val_store) if used else []
 
     def test_dataloader(self) -> Any:
         """The whole test split once, over all ranks."""

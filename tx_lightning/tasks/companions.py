@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -24,6 +25,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
     _LoggerConnector,
 )
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.parsing import lightning_hasattr
 from torch import Tensor
 
 from tx_lightning.checkpoints import read_checkpoint, resumable_checkpoints
@@ -232,6 +234,20 @@ class TrainerSettings(Callback):
                     f"trainer.max_time ({limit}) is used up: this run has trained for "
                     f"{timedelta(seconds=round(timer._offset))} already; raise it to train on"
                 )
+
+
+def check_batch_size_finders(trainer: Trainer, task: LightningModule) -> None:
+    """Refuse to look for the size of a batch under a name that nothing has.
+
+    Raises:
+        ConfigurationError: Says under which name it is.
+    """
+    for finder in _callbacks(trainer, BatchSizeFinder):
+        if not lightning_hasattr(task, finder._batch_arg_name):
+            raise ConfigurationError(
+                f"BatchSizeFinder looks for {finder._batch_arg_name}, but the size of a batch is "
+                "data.batch_tokens: set its batch_arg_name to batch_tokens"
+            )
 
 
 def monitored(trainer: Trainer) -> list[str]:

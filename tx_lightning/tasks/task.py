@@ -37,6 +37,7 @@ from tx_lightning.tasks.companions import (
     StepNumbers,
     StopWhenDiverged,
     TrainerSettings,
+    check_batch_size_finders,
     monitored,
 )
 from tx_lightning.tasks.resuming import hold_configuration
@@ -270,6 +271,7 @@ class Task(Described, LightningModule, Generic[B]):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what training needs, unless the trainer has it already."""
+        check_batch_size_finders(self.trainer, self)
         there = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         own = [StepNumbers(), PlateauSteps(), StopWhenDiverged(), TrainerSettings()]
         return [callback for callback in own if type(callback) not in there]
