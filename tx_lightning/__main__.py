@@ -2,6 +2,7 @@
 
 import difflib
 import gc
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,11 +43,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return 0
+        return _print(USAGE)
     if words[0] == "--version":
-        print(f"tx-lightning {__version__}")
-        return 0
+        return _print(f"tx-lightning {__version__}\n")
     if words[0] not in VERBS:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
@@ -65,6 +64,19 @@ def main(args: Sequence[str] | None = None) -> int:
     if args is None:  # another program keeps its collector as it is
         gc.freeze()
     return run(words)
+
+
+def _print(text: str) -> int:
+    """Print a text and return the exit status."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        # What is left to be flushed has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Vaswani et al. 2017, section 6.1, average the last 5 checkpoints of the base mod
 
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ def check_output(out: str | Path, paths: Iterable[str | Path]) -> None:
     """
     out = Path(out)
     for path in map(Path, paths):
-        if out.resolve() == path.resolve() or (
+        if os.path.realpath(out) == os.path.realpath(path) or (
             out.exists() and path.exists() and out.samefile(path)
         ):
             raise CheckpointError(
@@ -160,8 +161,8 @@ def _parts(
         return [other for other, weights in zip(paths, digests, strict=True) if weights in of]
     # An older average knows the names of its parts alone, which were beside it.
     path = paths[number]
-    beside = {(path.parent / name).resolve() for name in checkpoint[AVERAGED]["files"]}
-    return [other for other in paths if other != path and other.resolve() in beside]
+    beside = {os.path.realpath(path.parent / name) for name in checkpoint[AVERAGED]["files"]}
+    return [other for other in paths if other != path and os.path.realpath(other) in beside]
 
 
 def last_checkpoints(folder: Path, n: int) -> list[Path]:

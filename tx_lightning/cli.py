@@ -12,6 +12,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ from tx_lightning.configuration import (
     without_option,
 )
 from tx_lightning.data.module import TextData
-from tx_lightning.diagnosis import explain
+from tx_lightning.diagnosis import explain, reason_among_types
 from tx_lightning.errors import ConfigurationError, is_restoring, one_line
 from tx_lightning.loggers import MetricsFile, WandB, read_metrics
 from tx_lightning.nn.linear import MatmulPrecision, set_matmul_precision
@@ -84,12 +85,15 @@ LINKS = {
     "seed_everything": "data.init_args.seed",
 }
 MOST_SEED = 2**32 - 1  # of NumPy
-LEAST = {  # of the trainer's arguments
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "gradient_clip_val": 0,
-    "log_every_n_steps": 0,
-    "num_sanity_val_steps": -1,
+MOST = 2**31 - 1
+LIMITS = {  # of the trainer's arguments
+    "accumulate_grad_batches": (1, 10_000),
+    "check_val_every_n_epoch": (1, MOST),
+    "devices": (-1, 10_000),
+    "gradient_clip_val": (0, MOST),
+    "log_every_n_steps": (0, MOST),
+    "num_nodes": (1, 100_000),
+    "num_sanity_val_steps": (-1, MOST),
 }
 # Options that not every verb has, and the one that no file may have.
 ONE_VERB = ("resume", "verbose", "return_predictions", "trust")
@@ -271,10 +275,18 @@ class CommandLine(LightningCLI):
         seed = section.seed_everything
         if not 0 <= seed <= MOST_SEED:
             raise ConfigurationError(f"seed_everything is {seed}; it must be from 0 to {MOST_SEED}")
-        for name, least in LEAST.items():
+        if section.name is not None and not section.name.isprintable():
+            raise ConfigurationError(
+                f"name is {section.name!r}; it may have no line breaks, only text"
+            )
+        for name, (least, most) in LIMITS.items():
             value = section.trainer.get(name)
+            if isinstance(value, str) and value.lstrip("-").isdecimal():
+                value = int(value)  # of devices
             if isinstance(value, int | float) and value < least:
                 raise ConfigurationError(f"trainer.{name} is {value}; it must be at least {least}")
+            if isinstance(value, int) and value > most:
+                raise ConfigurationError(f"trainer.{name} is {value}; it must be at most {most:,}")
         if section.trainer.val_check_interval == 0:
             raise ConfigurationError("trainer.val_check_interval is 0; it must be above 0")
 
@@ -423,7 +435,13 @@ class CommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         with self._guarded():
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except ValueError as error:
+                why = reason_among_types(str(error))
+                if why is None or one_line(error) is not None:
+                    raise
+                raise ConfigurationError(why) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer in the run's own folder, with what every run has."""
@@ -503,7 +521,7 @@ class CommandLine(LightningCLI):
             section.pop(key, None)
         parser = self._parser(self.verb)
         text = dumped(parser, section)
-        header = f"# tx-lightning {__version__}: {' '.join(sys.argv[1:])}\n"
+        header = f"# tx-lightning {__version__}: {_on_a_line(sys.argv[1:])}\n"
         temporary = path.with_suffix(".tmp")
         temporary.write_text(header + text, encoding="utf-8")
         temporary.replace(path)
@@ -552,18 +570,17 @@ class CommandLine(LightningCLI):
         kwargs["weights_only"] = True
         return kwargs
 
-    def _number_steps(self) -> None:
+    def _number_steps(self, checkpoint: Path) -> None:
         """Have an evaluation say the step of the checkpoint that it is of."""
-        if self.checkpoint is None or self.verb == "fit":
-            return
-        step = read_checkpoint(self.checkpoint, lazily=True)["global_step"]
+        step = read_checkpoint(checkpoint, lazily=True)["global_step"]
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
         progress.optimizer.step.total.completed = step
         number_steps(self.trainer, step)
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._announce()
-        self._number_steps()
+        if self.checkpoint is not None and self.verb != "fit":
+            self._number_steps(self.checkpoint)
         failed = True
         try:
             self._carry_out(subcommand)
@@ -596,6 +613,8 @@ class CommandLine(LightningCLI):
         saved = trainer.checkpoint_callback
         best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
         path = str(averaged) if averaged.is_file() else best
+        if path:
+            self._number_steps(Path(path))
         if is_first_process():
             print(f"testing {shown(Path(path)) if path else 'the last weights'}", flush=True)
         trainer.test(
@@ -652,6 +671,12 @@ def _parser_options(verb: str | None) -> dict[str, Any]:
     """Have the parsers raise what they refuse, so that it can be explained; no abbreviations."""
     options: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
     return options if verb is None else {"prog": "tx-lightning", **options, verb: options}
+
+
+def _on_a_line(words: Sequence[str]) -> str:
+    """The words of a command, which may hold line breaks, and bytes that are no text."""
+    line = shlex.join(words)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _has_class(values: dict[str, Any], key: str) -> bool:

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,8 +35,16 @@ def run(words: Sequence[str]) -> int:
         line = str(error) if refused else one_line(error)
         if line is None:
             raise
+        if isinstance(error, OSError) and _is_of_print(error):
+            line = f"standard output cannot be written: {error.strerror}"
         print(f"error: {line}", file=sys.stderr)
         return 2 if refused else 1
+
+
+def _is_of_print(error: OSError) -> bool:
+    """Whether it came up in printing a result; such an error has no name of a file."""
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return error.filename is None and line.startswith("print(") and "stderr" not in line
 
 
 def _dispatch(words: Sequence[str]) -> int:

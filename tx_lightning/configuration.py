@@ -9,12 +9,13 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_dumper, set_loader
 from jsonargparse._typehints import ActionTypeHint
 from jsonargparse._util import NestedArg, parse_value_or_config
 from lightning.pytorch.cli import LightningArgumentParser
@@ -83,6 +84,8 @@ class _Option(ActionTypeHint):
                 value = new = _merged(old, new)
             inherited = _inherited(old, new)
             cfg = Namespace({self.dest: inherited})  # type: ignore[no-untyped-call]
+        if isinstance(value, list) and all(isinstance(item, _PLAIN) for item in value):
+            value = _Plain(value)
         try:
             parsed = super()._check_type(  # type: ignore[no-untyped-call]
                 value, append=append, cfg=cfg, mode=mode
@@ -95,6 +98,8 @@ class _Option(ActionTypeHint):
             if no_number or (kinds and value is None):
                 raise self._refusal(_not_one_of(kinds, value)) from error
             raise
+        if isinstance(parsed, _Plain):
+            parsed = list(parsed)
         for number in _numbers(parsed):
             # Nobody gave a default: some classes mean "no limit" by infinity.
             if not math.isfinite(number) and str(parsed) != str(self.default):
@@ -115,6 +120,17 @@ class _Option(ActionTypeHint):
             raise self._refusal(str(error)) from error
         except (yaml.YAMLError, TypeError, ValueError, OSError):
             return value
+
+
+_NAMES = ("resume", "ckpt_path", "pretrained", "name", "runs_dir")  # of files and folders
+_PLAIN = (str, int, float, NoneType)
+
+
+class _Plain(list[Any]):
+    """A list of plain values, of which the parser makes a copy for each of them."""
+
+    def __deepcopy__(self, memo: Any) -> "_Plain":
+        return self
 
 
 def _is_mapping(value: Any) -> bool:
@@ -222,7 +238,7 @@ def dumped(parser: LightningArgumentParser, config: Namespace, *, links: bool = 
         links: Whether values that follow from others are written too.
     """
     text = parser.dump(
-        config, format="yaml", skip_unset=False, skip_validation=True, skip_link_targets=not links
+        config, format=_MODE, skip_unset=False, skip_validation=True, skip_link_targets=not links
     )
     assert isinstance(text, str)
     return text
@@ -249,7 +265,22 @@ def _refuse_duplicates(node: yaml.Node | None, path: tuple[str, ...], seen: set[
             _refuse_duplicates(value, (*path, name), seen)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes a member of an Enum, as some classes have by default, as its value."""
+
+
+def _represent_member(dumper: yaml.SafeDumper, member: Enum) -> yaml.Node:
+    return dumper.represent_data(member.value)
+
+
+def _dump_yaml(tree: Any) -> str:
+    text: str = yaml.dump(tree, Dumper=_Dumper, allow_unicode=True, sort_keys=False)
+    return text
+
+
+_Dumper.add_multi_representer(Enum, _represent_member)
 set_loader(_MODE, load_yaml, (yaml.YAMLError,))
+set_dumper(_MODE, _dump_yaml)
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -287,6 +318,8 @@ def given(words: Sequence[str]) -> dict[str, Any]:
             value = load_yaml(text)
         except (yaml.YAMLError, DuplicateKey):
             value = text
+        if key in _NAMES and value is not None:
+            value = text  # 010 is a folder, and not the number 8
         values |= flat(value, key.replace(".init_args", ""))
     return values
 

@@ -258,3 +258,24 @@ def _kind(expected: str) -> str:
     """A type as one reads it."""
     name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", expected)
     return re.sub(r"(?:typing\.)?Literal\[(.*)\]", r"one of \1", name).replace("NoneType", "null")
+
+
+_OF_EACH_TYPE = (
+    "Does not validate", "Subtypes:", "Errors:", "Not a valid subclass", "Subclass types expect",
+    "a class path", "a dict ", "Import path", "Expected a", "Given value", "Problem with given",
+)  # fmt: skip
+
+
+def reason_among_types(message: str) -> str | None:
+    """Why a class of Lightning or torch, of one of several types, cannot be built; else None.
+
+    The parser lists what each type of the place refused, on a hundred lines; one of them matters.
+    """
+    if not message.startswith("Does not validate against any of the Union subtypes"):
+        return None
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(_OF_EACH_TYPE)]
+    named = re.search(r"class_path='((?:lightning|torch)\.[^']+)'", message)
+    if named is None or not reasons:
+        return None
+    return f"{named[1]}: {' '.join(dict.fromkeys(reasons))}"

@@ -59,7 +59,8 @@ def _check_tensor(name: str, value: Tensor) -> None:
         WrongEntry: It is.
     """
     plain = value.layout == torch.strided and not (value.is_quantized or value.is_nested)
-    if not plain or value.is_meta:
+    lazy = value.is_meta or value.is_neg() or value.is_conj()
+    if not plain or lazy:
         raise WrongEntry(f"is damaged: '{name}' is not a plain tensor")
     end = (value.storage_offset() + value.numel()) * value.element_size()
     if end > value.untyped_storage().nbytes():

@@ -104,6 +104,9 @@ def rebuild(
     _check_arguments(found, changed)
     with _no_larger_than(checkpoint["state_dict"]):
         task = _build(approved, path, record["versions"], changed)
+    meta = [name for name, p in task.named_parameters() if p.is_meta]
+    if meta:
+        raise CheckpointError(f"checkpoint {path}: its settings build {meta[0]} without values")
     _restore(task, checkpoint, path, strict, name)
     if isinstance(task, Rebuildable):
         task.settings = _settings_with(approved, task, changed)

@@ -23,8 +23,9 @@ HELP = (
 )
 # A file may name the classes below these without asking.
 ROOTS = ("tx_lightning", "torch.nn", "torch.optim", "lightning.pytorch", "lightning.fabric")
-# Demonstrations of Lightning, which download data and unpickle it.
-_CLOSED = ("lightning.pytorch.demos",)
+# Demonstrations of Lightning, which download data and unpickle it, and whole networks of torch,
+# which copy as many layers as a file says before anybody can count them.
+_CLOSED = ("lightning.pytorch.demos", "torch.nn.modules.transformer")
 # The functions that a file may name: default optimizers.
 FUNCTIONS = frozenset(
     {"tx_lightning.tasks.task.fused_adamw", "tx_lightning.tasks.translation.fused_adam"}

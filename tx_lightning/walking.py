@@ -29,6 +29,7 @@ from tx_lightning.trust import (
 )
 
 MOST_VALUES = 100_000  # in the settings of a file
+_MOST_BITS = 4096  # of an integer in them
 DEEPEST = 60  # levels of them
 _SPEC = ("class_path", "init_args", "dict_kwargs")
 _SHOWN = 60  # characters of a value in an error
@@ -134,6 +135,9 @@ class Walk:
             defaults: Names of what the code itself has here where nothing is said.
         """
         self._count(at, depth)
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            self._mistake(at, f"an integer of {value.bit_length():,} bits is no setting")
+            return None
         if value is None or isinstance(value, bool | int | float | date):
             return value
         place = place_of(*hints)

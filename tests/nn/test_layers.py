@@ -212,3 +212,19 @@ def test_dropout_is_off_in_evaluation(layer: type[nn.Module]) -> None:
     assert not torch.equal(module(*inputs), module(*inputs))
     module.eval()
     assert torch.equal(module(*inputs), module(*inputs))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda d: nn.CosineSimilarity(),
+        lambda d: nn.GroupNorm(2, 8),
+        lambda d: nn.ConstantPad1d(1, 0.0),
+        lambda d: nn.Upsample(scale_factor=2),
+        lambda d: nn.Linear(d, d + 1),
+        lambda d: nn.LSTM(d, d),
+    ],
+)
+def test_what_is_no_norm_is_refused(norm: NormFactory) -> None:
+    with pytest.raises(ValueError, match=r"^norm: \w+ (is no norm of|makes) \("):
+        Residual(12, norm=norm, dropout=0.0, pre_norm=True)

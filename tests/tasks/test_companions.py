@@ -11,19 +11,23 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
+    ModelPruning,
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch.optim import SGD, lr_scheduler
 
 from tests import wandb_file
-from tests.small import Rows, make, make_trainer, sgd
+from tests.small import MAKERS, Rows, make, make_trainer, sgd
 from tests.test_every_task import configuration
 from tx_lightning.__main__ import main
 from tx_lightning.callbacks import LRWarmup, SampleLogger
+from tx_lightning.checkpoints import load_task
 from tx_lightning.errors import ConfigurationError
 from tx_lightning.loggers import read_metrics
 from tx_lightning.tasks.companions import Diverged
@@ -427,3 +431,45 @@ def test_what_was_logged_last_is_known_after_a_resume(tmp_path: Path) -> None:
     again = make_trainer(tmp_path, max_steps=7, log_every_n_steps=100)
     again.fit(task, datamodule=data, ckpt_path=tmp_path / "saved.ckpt")
     assert float(again.callback_metrics["train/loss"]) == trainer.callback_metrics["train/loss"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_evaluation_has_the_step_of_the_checkpoint_it_is_of(name: str, tmp_path: Path) -> None:
+    task, data = make(name)
+    rows = Rows()
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    options: dict[str, Any] = {"limit_val_batches": 1, "check_val_every_n_epoch": None}
+    trainer = make_trainer(
+        tmp_path, max_steps=3, logger=rows, callbacks=[saver], enable_checkpointing=True,
+        val_check_interval=1, **options,
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+    trainer.test(task, datamodule=data, ckpt_path=tmp_path / "step=1.ckpt", weights_only=True)
+    trainer.validate(task, datamodule=data, ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert set(rows.steps("test/")) == {1}
+    assert rows.steps("val/") == [1, 2, 3, 2]
+    trainer.fit_loop.epoch_loop.max_steps = 5
+    trainer.fit(task, datamodule=data)
+    trainer.test(task, datamodule=data)
+    assert rows.steps("val/")[4:] == [4, 5]
+    assert rows.steps("test/")[-1] == 5
+    fresh = Rows()
+    make_trainer(tmp_path, logger=fresh).test(
+        load_task(tmp_path / "step=2.ckpt"), datamodule=make(name)[1]
+    )
+    assert set(fresh.steps("test/")) == {2}
+
+
+@pytest.mark.parametrize(
+    ("callback", "why"),
+    [
+        (ModelPruning("l1_unstructured", amount=0.5), "torch.nn.utils.prune"),
+        (BackboneFinetuning(), "model.freeze"),
+        (LearningRateFinder(attr_name="rate"), "leave attr_name out"),
+    ],
+)
+def test_callbacks_that_cannot_work_are_refused(callback: Any, why: str, tmp_path: Path) -> None:
+    task, data = make("Classification")
+    with pytest.raises(ConfigurationError, match=why):
+        make_trainer(tmp_path, callbacks=[callback]).fit(task, datamodule=data)

@@ -12,6 +12,8 @@ they are, and its special entries are not searched for in text either.
 import contextlib
 import hashlib
 import json
+import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 MOST_ENTRIES = 10_000_000  # of a vocabulary; learning reserves memory for as many
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
 _SPECIAL_ENTRIES = [f"{name} " for name in SPECIAL_NAMES]
+_MOST_GROWTH = 100  # of a text, by the replacements of a normalizer
 _OURS = (
     "tx_lightning"  # the entry of a tokenizer's JSON that holds the special ids of a foreign one
 )
@@ -69,6 +72,39 @@ def _failures(what: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())
         raise DataError(f"tokenizer: {what} ({reason})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from the terminal what the library's panics print besides being raised."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # of a process without standard error
+            terminal = os.dup(2)
+            stack.callback(os.close, terminal)
+            stack.callback(os.dup2, terminal, 2)
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, 2)
+            os.close(nothing)
+        yield
+
+
+def _check_growth(normalizer: Any) -> None:
+    """Refuse replacements that make a short text so long that no memory holds it.
+
+    Raises:
+        ValueError: They do.
+    """
+    growth, waiting = 1, [normalizer]
+    while waiting:
+        step = waiting.pop()
+        if isinstance(step, dict):
+            waiting += step.get("normalizers") or []
+            pattern, content = step.get("pattern"), step.get("content")
+            if isinstance(pattern, dict) and isinstance(content, str):
+                shortest = len(pattern["String"]) if isinstance(pattern.get("String"), str) else 1
+                growth *= max(1, math.ceil(len(content) / max(1, shortest)))
+    if growth > _MOST_GROWTH:
+        raise ValueError(f"its replacements make a text {growth:,} times as long")
 
 
 def _special_ids(foreign: Any) -> tuple[SpecialIds, dict[int, str]]:
@@ -115,7 +151,11 @@ class Tokenizer:
                 settings = json.loads(text)
                 foreign = settings.pop(_OURS, None)
                 model = json.dumps(settings, ensure_ascii=False)
-            self._model = tokenizers.Tokenizer.from_str(model)
+            _check_growth(json.loads(model).get("normalizer"))
+            with _quiet():
+                self._model = tokenizers.Tokenizer.from_str(model)
+            self._model.no_padding()  # batches are padded and cut here
+            self._model.no_truncation()
         if foreign is None:
             self._check_own_ids()
             special = SpecialIds(PAD, BOS, EOS, UNK)

@@ -51,11 +51,18 @@ class BeginWith(Filter):
     """
 
     def __init__(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            at_least("ids", token, 0, LARGEST)
         self.ids = list(ids)
 
     def __call__(self, log_probs: Tensor, tokens: Tensor, eos_id: int) -> None:
         length = tokens.shape[1]
         if length < len(self.ids):
+            if self.ids[length] >= log_probs.shape[1]:
+                raise ValueError(
+                    f"ids of BeginWith: {self.ids[length]} is not below the vocabulary size, "
+                    f"{log_probs.shape[1]}"
+                )
             kept = log_probs[:, self.ids[length]].clone()
             log_probs.fill_(-math.inf)
             log_probs[:, self.ids[length]] = kept

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tx_lightning.nn.checks import check_share, check_size
 from tx_lightning.nn.dropout import Dropout
-from tx_lightning.nn.layers import NormFactory
+from tx_lightning.nn.layers import NormFactory, build_norm
 from tx_lightning.nn.positions import LearnedPositions, Positions, PositionsFactory
 
 
@@ -77,7 +77,7 @@ class Embedding(nn.Module):
         d_model = tokens.embedding_dim
         self.tokens = tokens
         self.segments = nn.Embedding(n_segments, d_model) if n_segments else None
-        self.norm = nn.Identity() if norm is None else norm(d_model)
+        self.norm = nn.Identity() if norm is None else build_norm(norm, d_model)
         self.dropout = Dropout(dropout)
         self.token_dropout = Dropout(token_dropout)
         self.scale = math.sqrt(d_model) if scale else 1.0

@@ -12,7 +12,13 @@ from tx_lightning.models.embeddings import Embedding, pad_with, token_table
 from tx_lightning.nn.cache import KeyValueCache, KeyValues
 from tx_lightning.nn.checks import MOST_LAYERS, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, ReLUFeedForward
-from tx_lightning.nn.layers import DecoderLayer, EncoderLayer, LayeredNetwork, NormFactory
+from tx_lightning.nn.layers import (
+    DecoderLayer,
+    EncoderLayer,
+    LayeredNetwork,
+    NormFactory,
+    build_norm,
+)
 from tx_lightning.nn.linear import Linear
 from tx_lightning.nn.masks import causal_mask, combine, padding_mask
 from tx_lightning.nn.positions import Positions, PositionsFactory, SinusoidalPositions
@@ -219,7 +225,7 @@ class EncoderDecoder(LayeredNetwork):
             )
 
         def final_norm() -> nn.Module:
-            return norm(d_model) if pre_norm else nn.Identity()
+            return build_norm(norm, d_model) if pre_norm else nn.Identity()
 
         self.encoder = Encoder(
             [encoder_layer() for _ in range(n_encoder_layers)],

@@ -15,7 +15,7 @@ from tx_lightning.models.embeddings import Embedding, positions_for, token_table
 from tx_lightning.nn.cache import KeyValueCache
 from tx_lightning.nn.checks import MOST_LAYERS, check_range, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
-from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
+from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory, build_norm
 from tx_lightning.nn.linear import Linear
 from tx_lightning.nn.masks import causal_mask, combine
 from tx_lightning.nn.positions import PositionsFactory
@@ -130,7 +130,7 @@ class LanguageModel(LayeredNetwork):
             )
 
         self.layers = cast(list[EncoderLayer], nn.ModuleList(layer() for _ in range(n_layers)))
-        self.final_norm = norm(d_model) if pre_norm else nn.Identity()
+        self.final_norm = build_norm(norm, d_model) if pre_norm else nn.Identity()
         self.output = Linear(d_model, vocab_size, bias=False)
         if tie_output:
             self.output.weight = self.embedding.tokens.weight

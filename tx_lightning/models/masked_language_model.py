@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tx_lightning.models.classifier import EncoderFactory
 from tx_lightning.models.text_encoder import TextEncoder, initialize
-from tx_lightning.nn.layers import LayeredNetwork, NormFactory
+from tx_lightning.nn.layers import LayeredNetwork, NormFactory, build_norm
 from tx_lightning.nn.linear import Linear
 
 
@@ -32,7 +32,7 @@ class MaskedLanguageModel(LayeredNetwork):
         d_model = self.encoder.d_model
         self.transform = Linear(d_model, d_model)
         self.activation = nn.GELU()
-        self.norm = norm(d_model)
+        self.norm = build_norm(norm, d_model)
         self.output = Linear(d_model, vocab_size)
         self.output.weight = self.encoder.embedding.tokens.weight
         initialize(self.transform, self.encoder.init_std)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tx_lightning.models.embeddings import Embedding, pad_with, positions_for, token_table
 from tx_lightning.nn.checks import MOST_LAYERS, check_range, check_size
 from tx_lightning.nn.feed_forward import FeedForwardFactory, GELUFeedForward
-from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory
+from tx_lightning.nn.layers import EncoderLayer, LayeredNetwork, NormFactory, build_norm
 from tx_lightning.nn.masks import combine, padding_mask
 from tx_lightning.nn.positions import PositionsFactory
 
@@ -116,7 +116,7 @@ class TextEncoder(LayeredNetwork):
             )
 
         self.layers = cast(list[EncoderLayer], nn.ModuleList(layer() for _ in range(n_layers)))
-        self.final_norm = norm(d_model) if pre_norm else nn.Identity()
+        self.final_norm = build_norm(norm, d_model) if pre_norm else nn.Identity()
         initialize(self, init_std)
 
     def forward(

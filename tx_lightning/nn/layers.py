@@ -27,6 +27,29 @@ NormFactory = Callable[[int], nn.Module]
 _COMPILED_VARIANTS = 64
 
 
+def build_norm(norm: NormFactory, d_model: int) -> nn.Module:
+    """Build a norm of (B, T, D).
+
+    Raises:
+        ValueError: It cannot be applied to that, or does not keep its shape.
+    """
+    built = norm(d_model)
+    like = next(built.parameters(), torch.empty(0))
+    x = torch.zeros(1, 2, d_model, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad():
+            shape = built.eval()(x).shape
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ValueError(f"norm: {type(built).__name__} is no norm of (B, T, D): {why}") from error
+    if shape != x.shape:
+        raise ValueError(
+            f"norm: {type(built).__name__} makes {tuple(shape)} of {tuple(x.shape)}; a norm keeps "
+            "the shape"
+        )
+    return built.train()
+
+
 class LayeredNetwork(Described, nn.Module):
     """A network of `EncoderLayer`s and `DecoderLayer`s; the base class of all networks."""
 
@@ -63,7 +86,7 @@ class Residual(nn.Module):
     def __init__(self, d_model: int, *, norm: NormFactory, dropout: float, pre_norm: bool) -> None:
         super().__init__()
         check_size("d_model", d_model)
-        self.norm = norm(d_model)
+        self.norm = build_norm(norm, d_model)
         self.dropout = Dropout(dropout)
         self.pre_norm = pre_norm
 

@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
     Timer,
 )
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import (
@@ -48,6 +51,9 @@ class StepNumbers(Callback):
     done.
     """
 
+    def __init__(self) -> None:
+        self._before: int | None = None  # of what is evaluated was loaded
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._logger_connector.__class__ = _NumberedConnector
         number_steps(trainer, trainer.global_step)
@@ -66,6 +72,29 @@ class StepNumbers(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             number_steps(trainer, trainer.global_step)
+        else:
+            self._evaluate(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluated(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluated(trainer)
+
+    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Number an evaluation by the checkpoint that its weights are of."""
+        step = getattr(pl_module, "loaded_step", None)
+        if step is not None:
+            self._before = trainer.fit_loop.epoch_loop._batches_that_stepped
+            number_steps(trainer, step)
+
+    def _evaluated(self, trainer: Trainer) -> None:
+        if self._before is not None:
+            number_steps(trainer, self._before)
+            self._before = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         number_steps(trainer, trainer.global_step)
@@ -236,11 +265,11 @@ class TrainerSettings(Callback):
                 )
 
 
-def check_batch_size_finders(trainer: Trainer, task: LightningModule) -> None:
-    """Refuse to look for the size of a batch under a name that nothing has.
+def check_callbacks(trainer: Trainer, task: LightningModule) -> None:
+    """Refuse callbacks that cannot work here, or look for what has another name.
 
     Raises:
-        ConfigurationError: Says under which name it is.
+        ConfigurationError: Says what to use instead.
     """
     for finder in _callbacks(trainer, BatchSizeFinder):
         if not lightning_hasattr(task, finder._batch_arg_name):
@@ -248,6 +277,22 @@ def check_batch_size_finders(trainer: Trainer, task: LightningModule) -> None:
                 f"BatchSizeFinder looks for {finder._batch_arg_name}, but the size of a batch is "
                 "data.batch_tokens: set its batch_arg_name to batch_tokens"
             )
+    for rates in _callbacks(trainer, LearningRateFinder):
+        if rates._attr_name and not lightning_hasattr(task, rates._attr_name):
+            raise ConfigurationError(
+                f"LearningRateFinder looks for {rates._attr_name}, but the rate of a task is lr: "
+                "leave attr_name out"
+            )
+    if _callbacks(trainer, ModelPruning):
+        raise ConfigurationError(
+            "ModelPruning replaces weights in the forward of each layer, but here several layers "
+            "share and read the same ones: prune what was trained, with torch.nn.utils.prune"
+        )
+    if _callbacks(trainer, BackboneFinetuning) and not hasattr(task, "backbone"):
+        raise ConfigurationError(
+            "BackboneFinetuning needs a task with a backbone: use model.freeze and "
+            "model.layer_decay, or a subclass of BaseFinetuning"
+        )
 
 
 def monitored(trainer: Trainer) -> list[str]:

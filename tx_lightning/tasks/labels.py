@@ -3,6 +3,7 @@
 Shapes: B batch, T length, N examples or words, C classes.
 """
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from tx_lightning.models import TextEncoder
 from tx_lightning.tasks.task import Labels, Task, check_label_smoothing, without_padding
 
 B = TypeVar("B", bound=Batch)
+_NOT_PRINTED = ("Cc", "Cs", "Zl", "Zp")  # controls, surrogates, ends of lines and paragraphs
 
 
 @dataclass  # not frozen: Lightning refuses those among predictions
@@ -115,8 +117,15 @@ class LabelTask(Task[B]):
         """Use these labels, for so many texts at once.
 
         Raises:
-            ValueError: When they differ from a checkpoint's, or are not as many as the classes.
+            ValueError: When they differ from a checkpoint's, are not as many as the classes, or are
+                no words to print between tabs.
         """
+        for label in labels:
+            if any(unicodedata.category(character) in _NOT_PRINTED for character in label):
+                raise ValueError(
+                    f"label {label!r}: it may have no tabs, line breaks and other control "
+                    "characters, since each answer is a line"
+                )
         if len(labels) != self.n_classes:
             raise ValueError(
                 f"the network has {self.n_classes} classes, but there are {len(labels)} labels: "

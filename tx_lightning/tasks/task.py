@@ -37,7 +37,7 @@ from tx_lightning.tasks.companions import (
     StepNumbers,
     StopWhenDiverged,
     TrainerSettings,
-    check_batch_size_finders,
+    check_callbacks,
     monitored,
 )
 from tx_lightning.tasks.resuming import hold_configuration
@@ -123,6 +123,7 @@ class Task(Described, LightningModule, Generic[B]):
         self._described: tuple[dict[str, Any] | None, Mapping[str, str]] | None = None
         self.stop_when_diverged = True
         self.logged: tuple[int, dict[str, float]] = (-1, {})
+        self.loaded_step: int | None = None  # of the checkpoint that the weights are of
         self._loaded_alone = False  # and in evaluation mode since
         self._train_sums: Tensor | None = None  # of whole steps since the last row of the log
         self._step_sums: Tensor | None = None  # of this one
@@ -256,6 +257,7 @@ class Task(Described, LightningModule, Generic[B]):
         self.attach(tokenizers)
         self._loaded_alone = self._trainer is None
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            self.loaded_step = checkpoint["global_step"]
             return
         hold_configuration(self, checkpoint)
         if "train_sums" in checkpoint:
@@ -271,7 +273,7 @@ class Task(Described, LightningModule, Generic[B]):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring what training needs, unless the trainer has it already."""
-        check_batch_size_finders(self.trainer, self)
+        check_callbacks(self.trainer, self)
         there = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         own = [StepNumbers(), PlateauSteps(), StopWhenDiverged(), TrainerSettings()]
         return [callback for callback in own if type(callback) not in there]
@@ -365,6 +367,7 @@ class Task(Described, LightningModule, Generic[B]):
 
     def on_fit_start(self) -> None:
         """Train a task from `load_task` with dropout, unless parts of it were set to a mode."""
+        self.loaded_step = None
         if self._loaded_alone and not any(module.training for module in self.modules()):
             self.train()
 
