@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU, in less than ten minutes: the tests of `pytest -m gpu`, then short
-# trainings in several precisions, compiled and not, as one table for benchmarks/README.md.
+# All that needs an NVIDIA GPU: the tests of `pytest -m gpu`, then short trainings in several
+# precisions, compiled and not, as one table for benchmarks/README.md. Not run yet on a GPU.
 #
 #   benchmarks/gpu.sh                   with .venv/bin/python
 #   PYTHON=python benchmarks/gpu.sh     with another environment that has the package's dependencies

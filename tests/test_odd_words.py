@@ -104,7 +104,7 @@ def test_integers_of_thousands_of_digits_are_refused(
 
 
 def test_a_list_of_thousands_is_parsed_at_once() -> None:
-    """The parser copies a list for each of its elements: 20,000 took a quarter of an hour."""
+    """The parser copies a list for each of its elements, which grows with its square."""
     from tx_lightning.configuration import ConfigurationParser
 
     copies = 0

@@ -147,7 +147,7 @@ class CommandLine(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The verb alone: a parser of each would take as long again as all the rest."""
+        """The verb alone: the parsers of the others take time to build, and are not asked."""
         every = LightningCLI.subcommands()
         return {self.verb: every[self.verb]} if self.verb in every else every
 
@@ -281,7 +281,7 @@ class CommandLine(LightningCLI):
             )
         for name, (least, most) in LIMITS.items():
             value = section.trainer.get(name)
-            if isinstance(value, str) and value.lstrip("-").isdecimal():
+            if isinstance(value, str) and value.removeprefix("-").isdecimal():
                 value = int(value)  # of devices
             if isinstance(value, int | float) and value < least:
                 raise ConfigurationError(f"trainer.{name} is {value}; it must be at least {least}")
@@ -613,8 +613,6 @@ class CommandLine(LightningCLI):
         saved = trainer.checkpoint_callback
         best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
         path = str(averaged) if averaged.is_file() else best
-        if path:
-            self._number_steps(Path(path))
         if is_first_process():
             print(f"testing {shown(Path(path)) if path else 'the last weights'}", flush=True)
         trainer.test(

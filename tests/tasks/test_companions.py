@@ -473,3 +473,27 @@ def test_callbacks_that_cannot_work_are_refused(callback: Any, why: str, tmp_pat
     task, data = make("Classification")
     with pytest.raises(ConfigurationError, match=why):
         make_trainer(tmp_path, callbacks=[callback]).fit(task, datamodule=data)
+
+
+def test_the_test_after_training_has_the_step_of_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first checkpoint stays the best, since the rate is so high."""
+    monkeypatch.chdir(tmp_path)
+    tree = configuration("Classification")
+    best = {"monitor": "val/loss", "save_top_k": 1}
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": best}
+    shown = [{"class_path": f"tx_lightning.callbacks.{n}"} for n in ("SampleLogger", "ClassReport")]
+    tree["trainer"] |= {"max_steps": 3, "val_check_interval": 1, "callbacks": [saver, *shown]}
+    high = {"class_path": "torch.optim.SGD", "init_args": {"lr": 30.0}}
+    tree["model"]["init_args"] |= {"optimizer": high, "scheduler": None}
+    Path("x.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["fit", "--config", "x.yaml", "--test_after", "true"]) == 0
+    (run,) = Path("runs/x").iterdir()
+    (kept,) = (run / "checkpoints").glob("*.ckpt")
+    step = int(kept.stem.rpartition("=")[2])
+    assert step < 3
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "test/loss" in row]
+    assert [row["step"] for row in rows] == [step]
+    samples = (run / "samples" / "test.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in samples} == {step}

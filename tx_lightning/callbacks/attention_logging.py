@@ -21,6 +21,7 @@ from tx_lightning.data.module import TextData
 from tx_lightning.nn.attention import record_attention, recordable_attentions
 from tx_lightning.nn.checks import check_size
 from tx_lightning.tasks import LanguageModeling
+from tx_lightning.tasks.companions import evaluated_step
 from tx_lightning.tasks.task import Labels, Task
 
 _NAME = re.compile(r"(?:(\w+)\.)?layers\.\d+\.(self|cross)_attention")
@@ -118,7 +119,7 @@ class AttentionLogger(Callback):
         assert isinstance(pl_module, Task)
         folder = Path(trainer.default_root_dir) / "attention"
         folder.mkdir(parents=True, exist_ok=True)
-        step = trainer.global_step
+        step = evaluated_step(trainer)
         entropies: dict[str, float] = {}
         for kind, maps in self._record(trainer, pl_module).items():
             paths: dict[str, Path] = {}

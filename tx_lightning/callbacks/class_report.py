@@ -16,6 +16,7 @@ from rich.text import Text
 from tx_lightning.callbacks.pictures import new_figure, save, visible, width_of, write
 from tx_lightning.metrics import Confusion
 from tx_lightning.strict_json import to_json
+from tx_lightning.tasks.companions import evaluated_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +82,7 @@ class ClassReport(Callback):
         assert isinstance(task, CountsConfusion)
         if not trainer.is_global_zero or task.labels is None or split not in task.confusion:
             return
-        labels, confusion, step = task.labels, task.confusion[split], trainer.global_step
+        labels, confusion, step = task.labels, task.confusion[split], evaluated_step(trainer)
         if not int(confusion.counts.sum()):
             return  # it was limited to no batch
         folder = Path(trainer.default_root_dir)

@@ -12,6 +12,7 @@ from rich.text import Text
 from tx_lightning.decoding import NotFinite
 from tx_lightning.nn.checks import check_size
 from tx_lightning.strict_json import to_json
+from tx_lightning.tasks.companions import evaluated_step
 from tx_lightning.tasks.task import Row, Task
 
 
@@ -62,7 +63,7 @@ class SampleLogger(Callback):
             return
         if not rows:
             return
-        step = trainer.global_step
+        step = evaluated_step(trainer)
         _append(Path(trainer.default_root_dir) / "samples" / f"{split}.jsonl", step, rows)
         columns = list(rows[0])
         data = [list(row.values()) for row in rows]

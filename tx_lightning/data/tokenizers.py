@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ PAD, BOS, EOS, UNK = 0, 1, 2, 3
 MOST_ENTRIES = 10_000_000  # of a vocabulary; learning reserves memory for as many
 SPECIAL_NAMES = ("<pad>", "<s>", "</s>", "<unk>")
 _SPECIAL_ENTRIES = [f"{name} " for name in SPECIAL_NAMES]
+_ONE_AT_A_TIME = threading.Lock()  # or one thread would restore what another has redirected
 _MOST_GROWTH = 100  # of a text, by the replacements of a normalizer
 _OURS = (
     "tx_lightning"  # the entry of a tokenizer's JSON that holds the special ids of a foreign one
@@ -77,7 +79,7 @@ def _failures(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep from the terminal what the library's panics print besides being raised."""
-    with contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # of a process without standard error
             terminal = os.dup(2)
             stack.callback(os.close, terminal)
@@ -147,11 +149,11 @@ class Tokenizer:
         foreign: dict[str, Any] | None = None
         model = text
         with _failures("the text is not a tokenizer in JSON"):
-            if f'"{_OURS}"' in text:
-                settings = json.loads(text)
-                foreign = settings.pop(_OURS, None)
+            settings = json.loads(text)
+            if _OURS in settings:
+                foreign = settings.pop(_OURS)
                 model = json.dumps(settings, ensure_ascii=False)
-            _check_growth(json.loads(model).get("normalizer"))
+            _check_growth(settings.get("normalizer"))
             with _quiet():
                 self._model = tokenizers.Tokenizer.from_str(model)
             self._model.no_padding()  # batches are padded and cut here

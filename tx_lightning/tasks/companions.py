@@ -51,9 +51,6 @@ class StepNumbers(Callback):
     done.
     """
 
-    def __init__(self) -> None:
-        self._before: int | None = None  # of what is evaluated was loaded
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer._logger_connector.__class__ = _NumberedConnector
         number_steps(trainer, trainer.global_step)
@@ -70,31 +67,10 @@ class StepNumbers(Callback):
         number_steps(trainer, trainer.global_step + 1)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
-            number_steps(trainer, trainer.global_step)
-        else:
-            self._evaluate(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluated(trainer)
+        number_steps(trainer, evaluated_step(trainer))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluated(trainer)
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Number an evaluation by the checkpoint that its weights are of."""
-        step = getattr(pl_module, "loaded_step", None)
-        if step is not None:
-            self._before = trainer.fit_loop.epoch_loop._batches_that_stepped
-            number_steps(trainer, step)
-
-    def _evaluated(self, trainer: Trainer) -> None:
-        if self._before is not None:
-            number_steps(trainer, self._before)
-            self._before = None
+        number_steps(trainer, evaluated_step(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         number_steps(trainer, trainer.global_step)
@@ -118,6 +94,15 @@ class _NumberedConnector(_LoggerConnector):
 def number_steps(trainer: Trainer, step: int) -> None:
     """Have Lightning log what comes now under the number of an optimizer step."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def evaluated_step(trainer: Trainer) -> int:
+    """The step that the weights are of: that of training, or of the checkpoint they came from."""
+    task: Any = trainer.lightning_module
+    loaded: int | None = getattr(task, "loaded_step", None)
+    if loaded is None or trainer.state.fn == TrainerFn.FITTING:
+        return trainer.global_step
+    return loaded
 
 
 class PlateauSteps(Callback):
