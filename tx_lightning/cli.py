@@ -377,6 +377,9 @@ class CommandLine(LightningCLI):
             return
         if self._recorded is None or section.model_from == "config":
             return
+        if self.written["model"] == self._recorded.settings:
+            return
+        del self.written  # it may be replaced
         recorded = copy.deepcopy(self._recorded.settings)
         rest = self.config.clone()
         rest[self.verb].model = None  # nothing of it may be merged with the checkpoint's
