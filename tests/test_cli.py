@@ -82,6 +82,24 @@ def test_a_run_has_a_folder_with_all_it_takes_to_repeat_it(base: str) -> None:
     assert torch.equal(weights(one), weights(other))
 
 
+def test_any_task_is_evaluated_at_the_step_of_its_checkpoint() -> None:
+    saving = {"save_top_k": -1, "monitor": "val/loss", "mode": "max"}  # the first is the best
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    saved = config("saved", trainer={"callbacks": [saver]})
+    words = ["--config", config("tiny", **BASE), "--config", saved]
+    assert main(["fit", *words, "--test_after", "true"]) == 0
+
+    def tested(folder: Path) -> list[int]:
+        return [row["step"] for row in read_metrics(folder / "metrics.jsonl") if "test/loss" in row]
+
+    assert tested(only_run()) == [10]
+    for checkpoint in only_run().glob("checkpoints/*.ckpt"):
+        step = read_checkpoint(checkpoint)["global_step"]
+        assert main(["test", *words, "--ckpt_path", str(checkpoint), "--name", str(step)]) == 0
+        assert tested(only_run(str(step))) == [step]
+    assert {path.name for path in Path("runs").iterdir()} == {"tiny", "10", "20"}
+
+
 def test_a_checkpoint_is_enough_to_rebuild_the_task(base: str) -> None:
     assert main(["fit", "--config", base]) == 0
     (checkpoint,) = only_run().glob("checkpoints/*.ckpt")

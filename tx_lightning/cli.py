@@ -73,7 +73,7 @@ from tx_lightning.runs import (
     shown,
 )
 from tx_lightning.settings import check_run, packages_of
-from tx_lightning.tasks.companions import StepNumbers, number_steps
+from tx_lightning.tasks.companions import StepNumbers
 from tx_lightning.tasks.task import Task
 from tx_lightning.trust import HELP, own_names, take_trust, trust_words
 from tx_lightning.walking import Approved
@@ -377,10 +377,10 @@ class CommandLine(LightningCLI):
             return
         if self._recorded is None or section.model_from == "config":
             return
-        if self.written["model"] == self._recorded.settings:
-            return
-        del self.written  # it may be replaced
+        ours = self._plain(self.config)["model"]
         recorded = copy.deepcopy(self._recorded.settings)
+        if ours == recorded:
+            return
         rest = self.config.clone()
         rest[self.verb].model = None  # nothing of it may be merged with the checkpoint's
         try:
@@ -395,21 +395,20 @@ class CommandLine(LightningCLI):
         theirs = self._plain(base)["model"]
         differing = {
             key: pair
-            for key, pair in differences(self._plain(self.config)["model"], theirs).items()
+            for key, pair in differences(ours, theirs).items()
             if key.partition(".")[0] not in self._undescribed
         }
-        vocabulary = recorded["init_args"].get("vocab_size")
-        ours = section.model.init_args.get("vocab_size")
-        if vocabulary != ours:
+        size, vocabulary = (m.get("init_args", {}).get("vocab_size") for m in (ours, recorded))
+        if size != vocabulary:
             raise ConfigurationError(
-                f"data.vocab_size is {ours}, the checkpoint's {vocabulary}: they must be equal"
+                f"data.vocab_size is {size}, the checkpoint's {vocabulary}: they must be equal"
             )
         if section.model_from == "checkpoint":
             self.config = base
         elif differing:
             shown_keys = "; ".join(
-                f"model.{key}: {ours!r} here, {theirs!r} there"
-                for key, (ours, theirs) in differing.items()
+                f"model.{key}: {here!r} here, {there!r} there"
+                for key, (here, there) in differing.items()
             )
             raise ConfigurationError(
                 f"the model section differs from that of checkpoint {shown(self.checkpoint)}: "
@@ -573,17 +572,15 @@ class CommandLine(LightningCLI):
         kwargs["weights_only"] = True
         return kwargs
 
-    def _number_steps(self, checkpoint: Path) -> None:
-        """Have an evaluation say the step of the checkpoint that it is of."""
-        step = read_checkpoint(checkpoint, lazily=True)["global_step"]
-        progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress
-        progress.optimizer.step.total.completed = step
-        number_steps(self.trainer, step)
+    def _evaluate_at_step_of(self, checkpoint: Path) -> None:
+        """Log an evaluation at the step of its checkpoint, also where the task is no `Task`."""
+        task: Any = self.model
+        task.loaded_step = read_checkpoint(checkpoint, lazily=True)["global_step"]
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._announce()
         if self.checkpoint is not None and self.verb != "fit":
-            self._number_steps(self.checkpoint)
+            self._evaluate_at_step_of(self.checkpoint)
         failed = True
         try:
             self._carry_out(subcommand)
@@ -616,6 +613,8 @@ class CommandLine(LightningCLI):
         saved = trainer.checkpoint_callback
         best = saved.best_model_path if isinstance(saved, ModelCheckpoint) else ""
         path = str(averaged) if averaged.is_file() else best
+        if path:
+            self._evaluate_at_step_of(Path(path))
         if is_first_process():
             print(f"testing {shown(Path(path)) if path else 'the last weights'}", flush=True)
         trainer.test(

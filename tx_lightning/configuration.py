@@ -309,7 +309,7 @@ def given(words: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, text in options(words):
         if key in ("config", "c"):
-            with contextlib.suppress(OSError):  # a configuration may stand in the word itself
+            with contextlib.suppress(OSError):  # the word may be a configuration itself
                 if Path(text).exists() and not Path(text).is_file():
                     raise ConfigurationError(f"--{key} {text}: it is not a file")
             values |= flat(_mapping(text))

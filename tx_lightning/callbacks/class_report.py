@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_CLASSES = 100  # in a picture and in the chart of W&B
-_NUMBERED = 20  # classes, up to which numbers stand in the cells
+_NUMBERED = 20  # with more classes the cells have no numbers
 _WIDE, _NARROW = 50, 17  # pixels for a cell
 _LABEL, _TITLE = 8, 9  # points of a text
 _TOP, _PAD = 35, 6  # pixels
@@ -113,7 +113,7 @@ def draw_confusion(confusion: Confusion, labels: list[str], title: str) -> "Figu
     Args:
         confusion: The counts.
         labels: C labels.
-        title: Stands above.
+        title: Of the picture.
     """
     counts = confusion.counts[:_MOST_CLASSES, :_MOST_CLASSES]
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)  # of the classes that are shown

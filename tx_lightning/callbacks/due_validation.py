@@ -8,8 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class DueValidation(Callback):
     """When a run is resumed, does first the validation that the interrupted run had left to do.
 
-    A checkpoint that is saved after an optimizer step may stand before a validation that is due
-    there. Lightning takes that validation as done, so that its scores would be missing.
+    A checkpoint that is saved after an optimizer step may precede a validation that is due there.
+    Lightning takes that validation as done, so that its scores would be missing.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -33,9 +33,9 @@ class RunRecord(Callback):
     Loggers receive the resolved configuration, `n_parameters`, `data_statistics` and the
     signatures of BLEU and chrF. A checkpoint written at the step of a validation receives
     `checkpoint["metrics"]`, by which `tx-lightning average --best` ranks. Where the run comes from
-    (`tx_lightning.provenance`) stands in the run folder and in `checkpoint["provenance"]`; and
-    `checkpoint["sizes"]` and `checkpoint["wandb_rows"]` are how much of metrics, samples and W&B's
-    history stands when training goes on from it.
+    (`tx_lightning.provenance`) is written to the run folder and to `checkpoint["provenance"]`;
+    `checkpoint["sizes"]` and `checkpoint["wandb_rows"]` say how much of metrics, samples and W&B's
+    history is kept when training resumes from it.
 
     Args:
         config: The resolved configuration, nested, of plain values.

@@ -27,7 +27,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._started: float | None = None  # None while the clock stands still
+        self._started: float | None = None  # None while the clock is stopped
         self._forget()
 
     def _forget(self) -> None:
